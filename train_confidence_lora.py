@@ -1,0 +1,2085 @@
+#!/usr/bin/env python3
+"""Train a LoRA that tells when a language model's answer is right.
+
+    bash train_fast_4gpu.sh qwen                       # four GPUs, settings chosen for the model
+    make demo                                          # a laptop's CPU, two minutes
+    accelerate launch --config_file train_config_4gpu.yaml train_confidence_lora.py \\
+        --model_name Qwen/Qwen2.5-7B-Instruct --train_data tagged/qwen/qwen_all_tagged.jsonl \\
+        --output_dir checkpoints/qwen_fast
+    tensorboard --logdir checkpoints/qwen_fast/logs
+
+Every training record is a question, the model's own answer, and a confidence tag that says whether
+that answer was right. The sequence is `prompt · answer · <CONFIDENCE> · tag`, the loss is on the
+tag, and after training P(C) / (P(C) + P(U)) at the tag is the probability that the answer is right.
+
+The file reads in the order data flows: constants, settings, records, prompts, encoding, answer
+judging, metrics, model, generation and scoring, trainer, ValidationCallback, main.
+Method: Self-REF, Chuang et al., https://arxiv.org/abs/2410.13284
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import gzip
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from decimal import Decimal, InvalidOperation
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+# ------------------------------------------------------------------------------------------------
+# Constants to edit: each is the default of the flag beside it
+
+MODEL_NAME = "Qwen/Qwen2.5-7B-Instruct"  # --model_name
+TRAIN_DATA = "tagged/qwen/qwen_all_tagged.jsonl"  # --train_data
+OUTPUT_DIR = "checkpoints/qwen_fast"  # --output_dir
+VAL_SAMPLES = 200  # --val_samples: 500 measures finer and slower, 100 coarser and quicker
+MAX_SEQ_LENGTH = 2048  # --max_seq_length, tokens
+LORA_R, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.05  # --lora_r, --lora_alpha, --lora_dropout
+
+TRAINING_FLAGS: dict[str, tuple[Any, str]] = {  # the most used of TrainingArguments: default, help
+    "output_dir": (OUTPUT_DIR, "where the run goes"),
+    "num_train_epochs": (2.0, "passes over the data"),
+    "per_device_train_batch_size": (16, "records at a time on each process"),
+    "gradient_accumulation_steps": (2, "batches added up before an update"),  # 16 x 2 x 4 = 128
+    "learning_rate": (3e-4, "peak learning rate"),
+    "lr_scheduler_type": ("cosine", "how it falls"),
+    "warmup_steps": (0.03, "steps over which it rises; below 1: a share of the run"),
+    "max_steps": (-1, "stop after so many updates; -1: by epochs"),
+    "eval_steps": (500.0, "validate every so many updates; below 1: a share of the run"),
+    "save_steps": (500.0, "save a checkpoint every so many updates, likewise"),
+    "save_total_limit": (2, "checkpoints to keep"),
+    "logging_steps": (10.0, "log every so many updates"),
+    "per_device_eval_batch_size": (32, "answers at a time in validation, on each process"),
+    "dataloader_num_workers": (0, "processes that load batches; records are tokenised already"),
+    "seed": (42, "of every random choice"),
+    "bf16": (None, "bfloat16; default: on a GPU that has it"),
+    "fp16": (None, "float16"),
+}
+ALIASES = {
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "batch_size",
+    "warmup_steps": "warmup_ratio",
+}
+
+MARKER_TOKEN = "<CONFIDENCE>"  # stands between the answer and its tag: a fixed place to read from
+CONFIDENCE_TOKENS: dict[str, tuple[str, str]] = {  # domain: (confident, unsure)
+    "READ": ("<C_READ>", "<U_READ>"),
+    "MED": ("<C_MED>", "<U_MED>"),
+    "MATH": ("<C_MATH>", "<U_MATH>"),
+    "KNOW": ("<C_KNOW>", "<U_KNOW>"),
+}
+TAG_MEANING = {
+    tag: (domain, confident)
+    for domain, pair in CONFIDENCE_TOKENS.items()
+    for tag, confident in zip(pair, (True, False))
+}
+
+
+class Dataset(NamedTuple):
+    """What must be known of a dataset: its domain's tags and how its answers are judged."""
+
+    domain: str
+    answers: str  # "yes_no", "letter", "number" or "boxed"
+
+
+DATASETS: dict[str, Dataset] = {  # your own dataset is one line here
+    "boolq": Dataset("READ", "yes_no"),
+    "medqa": Dataset("MED", "letter"),
+    "medmcqa": Dataset("MED", "letter"),
+    "mmlu": Dataset("KNOW", "letter"),
+    "gsm8k": Dataset("MATH", "number"),
+    "math": Dataset("MATH", "boxed"),
+    "demo_reading": Dataset("READ", "yes_no"),
+    "demo_medicine": Dataset("MED", "letter"),
+}
+
+MIN_ANSWER_TOKENS = 16  # what truncation always leaves of an answer
+ECE_BINS = 15  # equal-width bins of the expected calibration error
+LOWER_IS_BETTER = ("calibration_error", "ece", "brier", "nll", "rate", "runtime")
+
+
+class InputError(Exception):
+    """Something the user can mend. The message says what, where and how; the exit code is 2."""
+
+
+def say(text: str) -> None:
+    """Prints on the main process alone."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, flush=True)
+
+
+def listing(lines: list[str]) -> str:
+    """The first 20 lines, indented, and how many more there are."""
+    more = [f"… and {len(lines) - 20} more"] if len(lines) > 20 else []
+    return "\n".join(f"  {line}" for line in [*lines[:20], *more])
+
+
+# ------------------------------------------------------------------------------------------------
+# Settings: what this script adds to transformers' TrainingArguments, a flag for each field
+
+
+def setting(default: Any, help: str, **options: Any) -> Any:
+    """A field of Settings whose metadata is the keyword arguments of its argparse option."""
+    metadata = {"help": help, **options}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Settings:
+    """Settings of a confidence run that transformers' TrainingArguments does not have."""
+
+    model_name: str = setting(MODEL_NAME, "model on the Hugging Face Hub, or a folder")
+    train_data: str = setting(TRAIN_DATA, "tagged answers, JSON Lines (.jsonl or .jsonl.gz)")
+    val_data: list[str] = setting(
+        [],
+        "validation sets: NAME=FILE, or NAME=HUB_ID:SPLIT for a dataset of the Hub; "
+        "without it 5%% of the training records of each dataset are held out",
+        nargs="+",
+        metavar="NAME=PATH",
+    )
+    val_samples: int = setting(VAL_SAMPLES, "records drawn from each validation set, once")
+    validation_answers: str | None = setting(
+        None,
+        "generate: the model answers and is judged (default with --val_data); "
+        "recorded: the answer in the data is scored, its tag is the truth (default without)",
+        choices=["generate", "recorded"],
+    )
+    max_new_tokens: int = setting(256, "longest answer that validation generates, tokens")
+    max_seq_length: int = setting(
+        MAX_SEQ_LENGTH, "longest sequence, tokens; longer records lose their middle, never the tag"
+    )
+    adapter: str = setting(
+        "lora",
+        "lora: the model writes answer, marker and tag; "
+        "activated: the base model's answers stay untouched and the adapter acts on the marker",
+        choices=["lora", "activated"],
+    )
+    lora_r: int = setting(LORA_R, "rank of the adapter's matrices")
+    lora_alpha: float = setting(LORA_ALPHA, "the adapter is scaled by alpha / r")
+    lora_dropout: float = setting(LORA_DROPOUT, "dropout before the adapter")
+    load_in_8bit: bool = setting(False, "8-bit base weights (bitsandbytes): less memory, slower")
+    load_in_4bit: bool = setting(False, "4-bit NF4 base weights (bitsandbytes)")
+    attn_implementation: str = setting(
+        "sdpa",
+        "attention kernel; flash_attention_2 needs a GPU and the flash-attn package",
+        choices=["sdpa", "flash_attention_2", "eager"],
+    )
+    calib_beta: int = setting(100, "calibration error: answers in a bin")
+    calib_p_norm: str = setting(
+        "2", "calibration error: norm over the bins", choices=["1", "2", "infty"]
+    )
+    skip_bad_records: bool = setting(False, "leave bad lines out and say how many")
+    overwrite_output_dir: bool = setting(False, "delete the run that --output_dir holds")
+    hf_repo: str | None = setting(None, "push final/ to this repository of the Hugging Face Hub")
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+BOOLEAN: dict[str, Any] = {"nargs": "?", "const": True, "type": parse_bool, "metavar": "BOOL"}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse without the page of usage before its one-sentence error."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of Settings and TRAINING_FLAGS; needs nothing that is slow to import."""
+    parser = OneLineParser(
+        prog="train_confidence_lora.py",
+        description=__doc__.split("\n")[0],
+        epilog="Every other flag of transformers.TrainingArguments works under its own name.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    ours = parser.add_argument_group("confidence training")
+    for item in fields(Settings):
+        default = item.default if item.default is not MISSING else []
+        options: dict[str, Any] = {"default": default, **item.metadata}
+        if item.type == "bool":
+            options.update(BOOLEAN)
+        elif "int" in item.type or "float" in item.type:
+            options.update(type=int if "int" in item.type else float)
+        ours.add_argument(f"--{item.name}", **options)
+
+    theirs = parser.add_argument_group("training")
+    for name, (default, help) in TRAINING_FLAGS.items():
+        names = [f"--{part}" for part in (ALIASES.get(name), name) if part]
+        options = {"dest": name, "default": default, "help": help, "type": type(default)}
+        if default is None:
+            options.update(BOOLEAN)
+        theirs.add_argument(*names, **options)
+    theirs.add_argument("--no_bf16", dest="bf16", action="store_const", const=False, help="float32")
+    return parser
+
+
+if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+    build_parser().parse_args()  # answers here, before the imports below take their seconds
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels nobody asked for
+import numpy as np
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from huggingface_hub import create_repo, upload_folder
+from matplotlib.figure import Figure
+from peft import LoraConfig, PeftModel, get_peft_model
+from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
+from torch.utils.tensorboard import SummaryWriter
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import get_last_checkpoint
+
+
+def parse_command_line(argv: list[str] | None) -> tuple[Settings, dict[str, Any]]:
+    """Settings, and the keyword arguments for TrainingArguments, of a command line.
+
+    Exits with code 2 and one sentence on an unknown flag or a value of the wrong type.
+    """
+    parser = build_parser()
+    known, rest = parser.parse_known_args(argv)
+    training = vars(known)
+    settings = Settings(**{item.name: training.pop(item.name) for item in fields(Settings)})
+    if rest:
+        theirs = HfArgumentParser(TrainingArguments, prog=parser.prog, allow_abbrev=False)
+        theirs.error = parser.error
+        for action in theirs._actions:
+            action.default = argparse.SUPPRESS  # what is not given shall not be set
+        values, unknown = theirs.parse_known_args(rest)
+        if unknown:
+            flags = {*parser._option_string_actions, *theirs._option_string_actions}
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], sorted(flags), 1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            parser.error(f"unknown argument {unknown[0]}{hint}")
+        training |= vars(values)
+    return settings, training
+
+
+def check_settings(settings: Settings, training: dict[str, Any]) -> None:
+    """Refuses impossible combinations and missing files before anything is loaded.
+
+    Raises:
+        InputError: naming the flag and the remedy.
+    """
+    values = {**asdict(settings), **training}
+    for one, other in (("bf16", "fp16"), ("load_in_8bit", "load_in_4bit")):
+        if values[one] and values[other]:
+            raise InputError(f"--{one} and --{other} exclude each other: give one of them")
+    if settings.adapter == "activated" and values.get("gradient_checkpointing"):
+        raise InputError(
+            "--gradient_checkpointing does nothing for --adapter activated, whose gradient passes "
+            "through one token: leave it out"
+        )
+    for name in (
+        "val_samples lora_r calib_beta max_new_tokens num_train_epochs learning_rate "
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
+    ).split():
+        if not values[name] > 0:
+            raise InputError(f"--{name} is {values[name]}: give a number above 0")
+    if settings.max_seq_length < 64:
+        raise InputError(f"--max_seq_length is {settings.max_seq_length}: give at least 64 tokens")
+    if not Path(settings.train_data).is_file():
+        raise InputError(
+            f"--train_data {settings.train_data} does not exist; make it with: "
+            f"python tag_answers.py --model_name {settings.model_name} "
+            f"--questions QUESTIONS.jsonl --output {settings.train_data}"
+        )
+    names = Counter()
+    for item in settings.val_data:
+        name, _, path = item.partition("=")
+        names[name] += 1
+        if not name or not path:
+            raise InputError(f"--val_data {item}: write NAME=PATH, for example boolq={item}")
+        if names[name] > 1:
+            raise InputError(f"--val_data names {name} twice: give each set its own name")
+        if not Path(path).is_file() and ":" not in path:
+            raise InputError(
+                f"--val_data {item}: there is no file {path}; a dataset of the Hugging Face Hub is "
+                "written NAME=HUB_ID:SPLIT, for example boolq=google/boolq:validation"
+            )
+
+
+# ------------------------------------------------------------------------------------------------
+# Records
+
+
+class Record(TypedDict, total=False):
+    """A question with, usually, the model's answer. Question and dataset are always there."""
+
+    question: str
+    dataset: str  # a key of DATASETS
+    context: str  # a passage the question is about
+    options: dict[str, str]  # {"A": text, ...} of a multiple-choice question
+    answer: Any  # the true answer: bool or "yes"/"no", a letter, a number, LaTeX
+    tagged_response: str  # the model's answer and its tag, as in the file
+    response: str  # the answer without the tag
+    confident: bool  # whether the tag is the C one, which is to say: the answer was right
+    line: int  # of the file it came from, counted from 1
+
+
+def open_text(path: str | Path):
+    path = Path(path)
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig")
+
+
+TAG_PATTERN = re.compile(r"<[CU]_[A-Z]+>")
+
+
+def parse_record(line: str) -> Record:
+    """One line of a data file as a Record.
+
+    Raises:
+        ValueError: with the reason, in words, why the line is not a record.
+    """
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a record is a JSON object, this is a {type(record).__name__}")
+    question, name = record.get("question"), record.get("dataset")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError('"question" is missing or empty')
+    if name not in DATASETS:
+        raise ValueError(
+            f"unknown dataset {name!r}; known are {', '.join(DATASETS)} (see DATASETS)"
+        )
+    context, options = record.get("context"), record.get("options")
+    if context is not None and not isinstance(context, str):
+        raise ValueError('"context" must be a string')
+    if options is not None and not (
+        isinstance(options, dict)
+        and options
+        and all(isinstance(part, str) for pair in options.items() for part in pair)
+    ):
+        raise ValueError('"options" must be an object of strings, {"A": "...", "B": "..."}')
+    if "tagged_response" in record:
+        record.update(split_tag(record["tagged_response"], DATASETS[name].domain))
+    elif record.get("answer") is None:
+        raise ValueError('neither "tagged_response" nor "answer" is there')
+    return record
+
+
+def split_tag(tagged_response: Any, domain: str) -> dict[str, Any]:
+    """The answer and the tag's meaning of "<answer> <C_READ>". ValueError on any other tag."""
+    if not isinstance(tagged_response, str):
+        raise ValueError('"tagged_response" must be a string')
+    tags = TAG_PATTERN.findall(tagged_response)
+    wanted = " or ".join(CONFIDENCE_TOKENS[domain])
+    if not tags:
+        raise ValueError(f'no confidence tag in "tagged_response"; it must end with {wanted}')
+    if len(tags) > 1:
+        raise ValueError(f'{len(tags)} confidence tags in "tagged_response": {" ".join(tags)}')
+    if tags[0] not in CONFIDENCE_TOKENS[domain]:
+        raise ValueError(f"tag {tags[0]} is not of the dataset's domain {domain} ({wanted})")
+    response, _, after = tagged_response.partition(tags[0])
+    if after.strip():
+        raise ValueError(f"text after the tag {tags[0]}; the tag must end the response")
+    if MARKER_TOKEN in response:
+        raise ValueError(f"the marker {MARKER_TOKEN} is in the data; it is inserted when encoding")
+    if not response.strip():
+        raise ValueError("there is no answer before the tag")
+    return {"response": response.rstrip(), "confident": TAG_MEANING[tags[0]][1]}
+
+
+def read_records(path: str | Path, skip_bad: bool = False) -> list[Record]:
+    """The records of a JSON Lines file (.jsonl or .jsonl.gz), in order; blank lines are no records.
+
+    Raises:
+        InputError: if the file cannot be read, holds no record, or has bad lines; these are listed,
+            at most 20, with file, line and reason. With `skip_bad` they are counted and left out.
+    """
+    records: list[Record] = []
+    problems: list[str] = []
+    try:
+        with open_text(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    records.append({**parse_record(line), "line": number})
+                except ValueError as error:
+                    problems.append(f"{path}:{number}: {error}")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if problems and not skip_bad:
+        raise InputError(
+            f"{len(problems)} bad lines in {path}; mend them or give --skip_bad_records\n"
+            + listing(problems)
+        )
+    if problems:
+        say(f"warning: left out {len(problems)} bad lines of {path}, the first: {problems[0]}")
+    if not records:
+        raise InputError(f"{path} holds no records: it is empty or every line is blank or bad")
+    return records
+
+
+def read_hub_dataset(name: str, location: str) -> list[Record]:
+    """Records of a dataset of the Hugging Face Hub (or a local folder of data files).
+
+    Args:
+        name: the dataset, a key of DATASETS, that says how its answers are judged.
+        location: "HUB_ID:SPLIT" or "HUB_ID:CONFIGURATION:SPLIT".
+
+    Columns are taken under our names, or under those of BoolQ (passage), MedQA (answer_idx) and
+    MMLU (choices).
+    """
+    import datasets
+
+    if name not in DATASETS:
+        raise InputError(f"--val_data {name}=…: name it as one of {', '.join(DATASETS)}")
+    path, *configuration, split = location.split(":")
+    try:
+        rows = datasets.load_dataset(path, *configuration, split=split)
+    except Exception as error:  # the Hub, the network and each dataset fail in their own ways
+        raise InputError(f"--val_data {name}={location} cannot be loaded: {error}") from error
+    records = []
+    for number, row in enumerate(rows, 1):
+        options = row.get("options") or row.get("choices")
+        if isinstance(options, list):
+            options = dict(zip("ABCDEFGHIJ", options, strict=False))
+        record = {
+            "question": row.get("question") or row.get("problem"),
+            "dataset": name,
+            "context": row.get("context") or row.get("passage"),
+            "options": options,
+            "answer": row["answer_idx"] if "answer_idx" in row else row.get("answer"),
+        }
+        line = json.dumps({key: value for key, value in record.items() if value is not None})
+        try:
+            records.append({**parse_record(line), "line": number})
+        except ValueError as error:
+            raise InputError(f"--val_data {name}={location}, row {number}: {error}") from None
+    return records
+
+
+def hold_out(records: list[Record], share: float, most: int, seed: int) -> tuple[list, list]:
+    """Splits records into (kept, held out): a seeded `share` of each dataset, at most `most`."""
+    held = set()
+    for name in sorted({record["dataset"] for record in records}):
+        indices = [i for i, record in enumerate(records) if record["dataset"] == name]
+        count = min(most, max(1, round(share * len(indices))))
+        if count < len(indices):
+            held.update(random.Random(f"{seed} {name}").sample(indices, count))
+    kept = [record for i, record in enumerate(records) if i not in held]
+    return kept, [records[i] for i in sorted(held)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Prompts: one function for tagging, training, validation and serving
+
+INSTRUCTIONS = {
+    "yes_no": "Answer yes or no.",
+    "letter": "Answer with the letter of the right option.",
+    "number": "Work it out step by step and end with: The answer is NUMBER.",
+    "boxed": "Work it out step by step and put the final answer in \\boxed{}.",
+}
+
+
+def build_prompt(tokenizer: PreTrainedTokenizerBase, record: Record) -> str:
+    """The text that asks the model a record's question, up to where its answer begins.
+
+    The model's chat template is used; a base model without one gets "… Answer:". The text holds
+    every special token the model needs, so encode it with `add_special_tokens=False`.
+    """
+    parts = []
+    if record.get("context"):
+        parts.append(f"Passage: {record['context']}")
+    parts.append(f"Question: {record['question']}")
+    if record.get("options"):
+        parts.append("\n".join(f"{key}. {text}" for key, text in record["options"].items()))
+    parts.append(INSTRUCTIONS[DATASETS[record["dataset"]].answers])
+    message = "\n\n".join(parts)
+    if tokenizer.chat_template is None:
+        return f"{tokenizer.bos_token or ''}{message}\n\nAnswer:"
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Encoding: a task is where the loss is. A record becomes segments of a text and of how many of its
+# tokens, at most, carry loss
+
+ALL = sys.maxsize
+HELD_TOKENS = 16  # of an answer: enough that the tuned model goes on to write it as before
+
+
+def confidence_segments(
+    tokenizer: PreTrainedTokenizerBase, record: Record, adapter: str
+) -> list[tuple[str, int]]:
+    """Prompt, answer, marker and tag, the loss on the tag.
+
+    An ordinary LoRA writes the marker itself, so the loss is on it too; and on some tokens of the
+    answer, because nothing else would keep the model from writing the marker where an answer should
+    be: without them the demo's answers end before they begin.
+    """
+    writes = adapter == "lora"
+    tag = CONFIDENCE_TOKENS[DATASETS[record["dataset"]].domain][not record["confident"]]
+    return [
+        (build_prompt(tokenizer, record), 0),
+        (record["response"], HELD_TOKENS if writes else 0),
+        (MARKER_TOKEN, ALL if writes else 0),
+        (tag, ALL),
+    ]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_segments(
+    tokenizer: PreTrainedTokenizerBase, segments: list[tuple[str, int]]
+) -> dict[str, list[int]]:
+    """`input_ids`, and `labels` that repeat them where the loss is and hold -100 elsewhere.
+
+    Where a segment has more tokens than may carry loss, these are spread evenly from its first on.
+    Each segment is tokenised alone, so that training sees an answer cut from its prompt exactly
+    where generation does.
+    """
+    encoding: dict[str, list[int]] = {"input_ids": [], "labels": []}
+    for text, most in segments:
+        ids = tokenize(tokenizer, text)
+        labelled = (
+            {i * len(ids) // most for i in range(most)} if len(ids) > most else range(len(ids))
+        )
+        encoding["input_ids"] += ids
+        encoding["labels"] += [token if i in labelled else -100 for i, token in enumerate(ids)]
+    return encoding
+
+
+def cut_middle(tokenizer: PreTrainedTokenizerBase, text: str, tokens_to_drop: int) -> str:
+    """`text` with at least `tokens_to_drop` tokens replaced by " … " in its middle."""
+    ids = tokenize(tokenizer, text)
+    kept = max(0, len(ids) - tokens_to_drop - len(tokenize(tokenizer, " … ")))
+    head, tail = ids[: (kept + 1) // 2], ids[len(ids) - kept // 2 :]
+    return tokenizer.decode(head).rstrip() + " … " + tokenizer.decode(tail).lstrip()
+
+
+def fit_record(tokenizer: PreTrainedTokenizerBase, record: Record, max_tokens: int) -> Record:
+    """The record, shortened until prompt and answer take at most `max_tokens` tokens.
+
+    The passage loses its middle first, then the answer down to MIN_ANSWER_TOKENS; the question and
+    the options are never touched.
+
+    Raises:
+        ValueError: if that is not enough.
+    """
+
+    def excess(candidate: Record) -> int:
+        prompt = tokenize(tokenizer, build_prompt(tokenizer, candidate))
+        return len(prompt) + len(tokenize(tokenizer, candidate.get("response", ""))) - max_tokens
+
+    for part, least in (("context", 0), ("response", MIN_ANSWER_TOKENS)):
+        while (over := excess(record)) > 0 and record.get(part):
+            length = len(tokenize(tokenizer, record[part]))
+            if length <= least + len(tokenize(tokenizer, " … ")):
+                break
+            shorter = cut_middle(tokenizer, record[part], min(over, length - least))
+            if len(tokenize(tokenizer, shorter)) >= length:
+                break
+            record = {**record, part: shorter}
+    if over > 0:
+        raise ValueError(
+            f"too long by {over} tokens even with passage and answer shortened to the least"
+        )
+    return record
+
+
+def fit_records(
+    tokenizer: PreTrainedTokenizerBase, records: list[Record], max_tokens: int, what: str
+) -> list[Record]:
+    """The records that fit_record() can shorten to `max_tokens`; says which of `what` it cannot.
+
+    Raises:
+        InputError: if none is left.
+    """
+    fitting, skipped = [], []
+    for record in records:
+        try:
+            fitting.append(fit_record(tokenizer, record, max_tokens))
+        except ValueError as error:
+            skipped.append(f"line {record.get('line')}: {error}")
+    if skipped and not fitting:
+        raise InputError(f"no record of {what} fits --max_seq_length; raise it\n{listing(skipped)}")
+    if skipped:
+        say(f"warning: skipped {len(skipped)} of {len(records)} of {what}\n{listing(skipped)}")
+    return fitting
+
+
+def left_pad(rows: list[list[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of token ids as one (batch, longest) tensor padded on the left, and its mask."""
+    width = max(map(len, rows))
+    padded = torch.tensor([[value] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return padded, mask
+
+
+@dataclass
+class Collator:
+    """Batches encodings, padded on the left so that every tag is in the last column."""
+
+    pad_token_id: int
+
+    def __call__(self, encodings: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        ids, mask = left_pad([row["input_ids"] for row in encodings], self.pad_token_id)
+        labels, _ = left_pad([row["labels"] for row in encodings], -100)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+# ------------------------------------------------------------------------------------------------
+# Answer judging: what did the response answer, and is that right?
+
+
+class Judgement(NamedTuple):
+    extracted: str | None  # "yes"/"no", a letter, a number or LaTeX; None when it cannot be told
+    correct: bool | None  # None when nothing was extracted or no true answer is given
+
+
+# "the answer is", "Final answer:", "the correct option is"; then what may open the answer itself
+STATEMENT = (
+    r"\b(?:answer|option|choice|conclusion)(?:\s+(?:to|for)\s+(?:the|this)\s+question)?"
+    r"\s*(?:\bis\b|:)"
+)
+OPENING = r"[\s:,*\"'“‘(\[$]*(?:\\boxed\{(?:\\text\{)?)?[\s(]*"
+# In "no evidence", "no longer", "no one" the word belongs to the next one and answers nothing
+YES_NO = (
+    r"(yes|no|true|false)\b(?![ \t]+(?:longer|one|doubt|matter|more|less|such|way|idea|evidence|"
+    r"information|mention|indication|answer|passage|clear|single|part|other|reason)\b)"
+)
+NUMBER = r"([-+]?\$?\s?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?)"
+
+
+def last(pattern: str, text: str, flags: int = re.IGNORECASE) -> str | None:
+    """The first group of the pattern's last match."""
+    found = None
+    for match in re.finditer(pattern, text, flags):
+        found = match.group(1)
+    return found
+
+
+def extract_yes_no(response: str) -> str | None:
+    """The last explicit statement; else the leading word; else yes or no as a clause of its own."""
+    found = (
+        last(STATEMENT + OPENING + YES_NO, response)
+        or last(r"\b(?:statement|claim|question|premise)\s+is\s+(true|false)\b", response)
+        or last(r"\A[\s\W]*" + YES_NO, response)
+        or last(
+            r"(?:^|[.,:;!?\n(])[\s*\"'“]*" + YES_NO + r"(?=[\s*\"'”]*(?:[.,:;!?)\n]|$))", response
+        )
+        or last(r"\b(?:say|think|believe|is|be)\s+" + YES_NO + r"(?=\s*(?:[.,:;!?\n]|$))", response)
+    )
+    if found is None:
+        return None
+    return "yes" if found.lower() in ("yes", "true") else "no"
+
+
+def extract_letter(response: str, options: dict[str, str] | None) -> str | None:
+    """The last letter stated as the answer; else a leading or lonely one; else the option named."""
+    letters = "".join(options) if options else "ABCDE"
+    # A capital that does not run on into a word or a phrase, as the article "A" does
+    capital = rf"([{letters}])\b(?![’'-]\w)(?!\s+(?!because|since|as|and|which|due|is\b)[a-z])"
+    bare = rf"[(\[*]*([{letters}])[)\]*]*"
+    small = rf"\(([{letters.lower()}])\)"
+    found = (
+        last(rf"(?i:{STATEMENT}{OPENING}(?:(?:option|choice|letter)\s*\(?)?){capital}", response, 0)
+        or last(rf"\\boxed\{{(?:\\text\{{)?\(?([{letters}])\)?\}}", response, 0)
+        or last(rf"(?i:{STATEMENT})[\s:*]*{small}", response, 0)
+        or last(rf"(?i:\b(?:option|choice))\s+{bare}\s+is\s+(?:correct|right|the)\b", response, 0)
+        or last(rf"(?i:\b(?:choose|select|pick)\s+(?:option\s+)?){bare}(?=[\s.,:;]|$)", response, 0)
+        or last(rf"\A\W*{bare}(?=\s*[.):,]|\s*$|\s*\n|\s+[-–—])", response, 0)
+        or last(rf"\A\s*{small}", response, 0)
+        or last(rf"(?m:^)\W*{bare}[.]?\s*\Z", response, 0)
+    )
+    if found is None:
+        mentioned = set(re.findall(rf"\(([{letters}])\)", response))
+        found = mentioned.pop() if len(mentioned) == 1 else None
+    if found is not None:
+        return found.upper()
+    return extract_option_text(response, options) if options else None
+
+
+def extract_option_text(response: str, options: dict[str, str]) -> str | None:
+    """The key of the one option whose text is stated as the answer, or else is mentioned at all."""
+    for text in (last(STATEMENT + r"([^\n]*)", response), response):
+        named = [
+            (key, match.span())
+            for key, option in options.items()
+            for match in re.finditer(
+                rf"(?<!\w){re.escape(option.strip())}(?!\w)", text or "", re.IGNORECASE
+            )
+        ]
+        # "cancer" inside "lung cancer" is no mention of the option "cancer"
+        keys = {
+            key
+            for key, (start, end) in named
+            if not any(s <= start and end <= e and e - s > end - start for _, (s, e) in named)
+        }
+        if len(keys) == 1:
+            return keys.pop()
+    return None
+
+
+def extract_number(response: str) -> str | None:
+    """After "####"; else in \\boxed{}; else the last "answer is"; else the last number of all."""
+    return (
+        last(r"####\s*" + NUMBER, response)
+        or last(NUMBER, extract_boxed(response) or "")
+        or last(STATEMENT + r"[^\d\n.+-]{0,40}?" + NUMBER, response)
+        or last(NUMBER, response)
+    )
+
+
+def extract_boxed(response: str) -> str | None:
+    """The content of the last \\boxed{…} with balanced braces; else the last "answer is $…$"."""
+    start = max(response.rfind("\\boxed{"), response.rfind("\\fbox{"))
+    if start >= 0:
+        begin = response.index("{", start) + 1
+        depth = 1
+        for i in range(begin, len(response)):
+            depth += {"{": 1, "}": -1}.get(response[i], 0)
+            if depth == 0:
+                return response[begin:i].strip() or None
+        return None  # cut off before it was closed
+    return last(STATEMENT + r"\s*\$([^$\n]+)\$", response)
+
+
+LATEX_RULES = [  # applied in order: what is removed or rewritten does not change the meaning
+    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;: ]|\\?[$%]|\^\\circ|\^\{\\circ\}", ""),
+    (r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}", r"\1"),
+    (r"\s+|\.$", ""),
+    (r"^[a-zA-Z]=", ""),
+    (r"\\[dt]frac", r"\\frac"),
+    (r"\\frac(\w)(\w)", r"\\frac{\1}{\2}"),
+    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
+    (r"^(-?)\\frac\{(-?\d+)\}\{(\d+)\}$", r"\1\2/\3"),
+]
+
+
+def same_answer(extracted: str, truth: str) -> bool:
+    """Whether two numbers or LaTeX expressions are equal once written alike."""
+    for pattern, replacement in LATEX_RULES:
+        extracted = re.sub(pattern, replacement, extracted)
+        truth = re.sub(pattern, replacement, truth)
+    numbers = as_number(extracted), as_number(truth)
+    if None in numbers:
+        return extracted == truth
+    return abs(numbers[0] - numbers[1]) <= Decimal("1e-9")
+
+
+def as_number(text: str) -> Decimal | None:
+    numerator, *denominator = text.replace(",", "").split("/")
+    try:
+        value = Decimal(numerator)
+        for part in denominator:
+            value /= Decimal(part)
+    except (InvalidOperation, ZeroDivisionError):
+        return None
+    return value
+
+
+def true_letter(truth: Any, options: dict[str, str] | None) -> str:
+    """The letter of a true answer given as letter, as position from 0, or as an option's text."""
+    if isinstance(truth, int):
+        return (list(options) if options else "ABCDEFGHIJ")[truth]
+    text = str(truth).strip()
+    for key, option in (options or {}).items():
+        if text.casefold() == option.strip().casefold() and text not in options:
+            return key
+    return text.strip("().").upper()
+
+
+def judge_answer(
+    dataset: str, response: str, truth: Any, options: dict[str, str] | None = None
+) -> Judgement:
+    """Judges a model's response by explicit rules; what cannot be told is None, never wrong.
+
+    Args:
+        dataset: a key of DATASETS; it decides whether yes or no, a letter, a number or a boxed
+            expression is looked for.
+        response: the model's answer, without confidence tokens. What follows a new "Question:"
+            line is the model talking to itself and is not read.
+        truth: the true answer; with None the answer is extracted and not judged.
+        options: {"A": text, …} of a multiple-choice question.
+
+    Raises:
+        InputError: if the dataset is not known.
+    """
+    if dataset not in DATASETS:
+        raise InputError(f"unknown dataset {dataset!r}; known are {', '.join(DATASETS)}")
+    kind = DATASETS[dataset].answers
+    response = re.split(r"\n\s*Question:", response)[0]
+    if kind == "letter":
+        extracted = extract_letter(response, options)
+    else:
+        extract = {"yes_no": extract_yes_no, "number": extract_number, "boxed": extract_boxed}[kind]
+        extracted = extract(response)
+    if extracted is None or truth is None:
+        return Judgement(extracted, None)
+    if kind == "yes_no":
+        truth_is_yes = str(truth).strip().lower() in ("yes", "true", "1")
+        return Judgement(extracted, (extracted == "yes") == truth_is_yes)
+    if kind == "letter":
+        return Judgement(extracted, extracted == true_letter(truth, options))
+    final = str(truth).rpartition("####")[2]  # GSM8K's solutions end with "#### 72"
+    return Judgement(extracted, same_answer(extracted, extract_boxed(final) or final))
+
+
+# ------------------------------------------------------------------------------------------------
+# Metrics: pure functions of confidence = P(C) and of what was right
+
+
+def check_confidence(confidence: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
+    confidence = np.asarray(confidence, dtype=np.float64)
+    correct = np.asarray(correct, dtype=np.float64)
+    if confidence.ndim != 1 or confidence.shape != correct.shape:
+        raise ValueError(f"shapes differ: confidence {confidence.shape}, correct {correct.shape}")
+    if not np.isfinite(confidence).all():
+        raise ValueError(f"{(~np.isfinite(confidence)).sum()} of the confidences are not finite")
+    if not np.isin(correct, (0.0, 1.0)).all():
+        raise ValueError("correct must hold only 0 and 1")
+    if ((confidence < 0) | (confidence > 1)).any():
+        raise ValueError("a confidence lies outside 0…1")
+    return confidence, correct
+
+
+def binned_error(confidence: np.ndarray, correct: np.ndarray, p: str, beta: int) -> float:
+    """calibration_error() of sorted confidences (n,) and outcomes (n,)."""
+    # Equal confidences share their mean outcome, else the order of ties would decide the bins.
+    starts = np.flatnonzero(np.diff(confidence, prepend=-1.0))
+    sizes = np.diff(starts, append=len(confidence))
+    correct = np.repeat(np.add.reduceat(correct, starts) / sizes, sizes)
+
+    starts = np.arange(max(1, len(confidence) // beta)) * beta
+    sizes = np.diff(starts, append=len(confidence))
+    gaps = np.abs(np.add.reduceat(confidence - correct, starts)) / sizes
+    if p == "infty":
+        return float(gaps.max())
+    return float(np.average(gaps ** int(p), weights=sizes) ** (1 / int(p)))
+
+
+def calibration_error(
+    confidence: Any, correct: Any, p: str | int = "2", beta: int = 100
+) -> float | None:
+    """Calibration error over bins of `beta` answers each, sorted by confidence.
+
+    The n // beta bins hold beta answers, the last one also the remainder; fewer than beta answers
+    are one bin. In a bin, the gap is |mean confidence - share correct|; the error is the p-norm of
+    the gaps weighted by the bins' sizes, for "infty" the largest gap.
+    (Hendrycks et al., https://arxiv.org/abs/1812.04606; every bin counts here, the last included.)
+
+    Args:
+        confidence: (n,) probabilities in 0…1.
+        correct: (n,) booleans or 0 and 1.
+        p: "1" (mean gap), "2" (root mean square gap) or "infty" (largest gap).
+        beta: answers in a bin.
+
+    Returns:
+        A number in 0…1; None for n = 0. Outcomes of one class are as good as any. Equal
+        confidences share their mean outcome, so the order of the input does not matter.
+
+    Raises:
+        ValueError: on NaN, a confidence outside 0…1, shapes that differ, p or beta not as above.
+    """
+    p = str(p)
+    if p not in ("1", "2", "infty"):
+        raise ValueError(f"p is {p!r}, it must be 1, 2 or infty")
+    if beta < 1:
+        raise ValueError(f"beta is {beta}, it must be at least 1")
+    confidence, correct = check_confidence(confidence, correct)
+    if not len(confidence):
+        return None
+    order = confidence.argsort(kind="stable")
+    return binned_error(confidence[order], correct[order], p, beta)
+
+
+def calibration_error_if_perfect(
+    confidence: Any, p: str | int = "2", beta: int = 100, draws: int = 1000
+) -> float | None:
+    """The 95th percentile of calibration_error() if these confidences were exactly right.
+
+    Outcomes are drawn `draws` times with the confidences as their probabilities. A measured error
+    at or below this value is no evidence of miscalibration at this sample size.
+    """
+    confidence = np.sort(check_confidence(confidence, np.zeros(len(confidence)))[0])
+    if not len(confidence):
+        return None
+    rng = np.random.default_rng(0)
+    errors = [
+        binned_error(confidence, rng.random(len(confidence)) < confidence, str(p), beta)
+        for _ in range(draws)
+    ]
+    return float(np.percentile(errors, 95))
+
+
+def reliability_bins(confidence: Any, correct: Any, bins: int = ECE_BINS) -> np.ndarray:
+    """(bins, 3): count, mean confidence and share correct of equal-width bins [a, b); 1.0 is in
+    the last. Means of an empty bin are NaN."""
+    confidence, correct = check_confidence(confidence, correct)
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    count = np.bincount(index, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        means = [np.bincount(index, values, bins) / count for values in (confidence, correct)]
+    return np.stack([count, *means], axis=1)
+
+
+def expected_calibration_error(confidence: Any, correct: Any, bins: int = ECE_BINS) -> float | None:
+    """ECE: the gaps of equal-width bins, weighted by their counts (Naeini et al. 2015)."""
+    count, mean, right = reliability_bins(confidence, correct, bins).T
+    filled = count > 0
+    if not filled.any():
+        return None
+    return float(np.average(np.abs(mean - right)[filled], weights=count[filled]))
+
+
+def confidence_metrics(
+    scores: list[Score], p: str | int = "2", beta: int = 100
+) -> dict[str, float | int | None]:
+    """Every figure of a validation set from its scored answers. None where a figure is undefined.
+
+    AUROC is None when all answers are right, or all wrong. An answer that could not be judged
+    counts as wrong; a missing or foreign tag counts against `accuracy`.
+    """
+    confidence = np.array([score.confidence for score in scores], dtype=np.float64)
+    correct = np.array([score.correct for score in scores], dtype=bool)
+    count = len(scores)
+    if not count:
+        return {"num_samples": 0}
+    share = correct.mean()
+
+    def rate(condition: Any) -> float:
+        return sum(map(bool, map(condition, scores))) / count
+
+    return {
+        "num_samples": count,
+        "accuracy": rate(lambda score: score.emitted == ("C" if score.correct else "U")),
+        "majority_accuracy": float(max(share, 1 - share)),
+        "answer_accuracy": float(share),
+        "calibration_error": calibration_error(confidence, correct, p, beta),
+        "calibration_error_if_perfect": calibration_error_if_perfect(confidence, p, beta),
+        "ece": expected_calibration_error(confidence, correct),
+        "brier": float(brier_score_loss(correct, confidence, pos_label=True)),
+        "nll": float(log_loss(correct, confidence, labels=[False, True])),
+        "auroc": float(roc_auc_score(correct, confidence)) if 0 < share < 1 else None,
+        "mean_confidence": float(confidence.mean()),
+        "missing_tag_rate": rate(lambda score: score.emitted is None),
+        "wrong_domain_rate": rate(lambda score: score.emitted == "other"),
+        "unparsed_rate": rate(lambda score: score.extracted is None),
+    }
+
+
+class Score(NamedTuple):
+    """One validated answer."""
+
+    index: int  # of the record in its validation set
+    confidence: float  # P(C) / (P(C) + P(U)) at the tag's position
+    emitted: str | None  # the tag written: "C" or "U" of the right domain, "other", None if none
+    correct: bool  # the answer, not the tag
+    extracted: str | None  # what judge_answer() read from it
+    response: str
+
+
+# ------------------------------------------------------------------------------------------------
+# Model and tokenizer
+
+
+def local_device() -> str:
+    """Where this process keeps its model: its own GPU, or the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        InputError: if there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"--model_name {model_name}: cannot load its tokenizer: {reason}"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base_model(
+    model_name: str,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
+) -> PreTrainedModel:
+    """The pretrained model on this process's own device, its weights in `dtype` or quantised.
+
+    Raises:
+        InputError: if it cannot be found or loaded.
+    """
+    quantization = None
+    if load_in_8bit or load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_8bit=load_in_8bit,
+            load_in_4bit=load_in_4bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_name,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization,
+            device_map={"": local_device()},
+        )
+    except (OSError, ImportError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--model_name {model_name} cannot be loaded: {reason}") from error
+    for module in model.modules():
+        # On a CPU bitsandbytes repacks 4-bit weights in evaluation, and no gradient passes after it
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+class ConfidenceIds(NamedTuple):
+    """Token ids of the marker and, for each domain, of its tags (confident, unsure)."""
+
+    marker: int
+    tags: dict[str, tuple[int, int]]
+
+    @property
+    def meaning(self) -> dict[int, tuple[str, str]]:
+        """{token id: (domain, "C" or "U")}"""
+        return {
+            token: (domain, letter)
+            for domain, pair in self.tags.items()
+            for token, letter in zip(pair, "CU")
+        }
+
+    @property
+    def all(self) -> list[int]:
+        return [self.marker, *self.meaning]
+
+
+def confidence_ids(tokenizer: PreTrainedTokenizerBase) -> ConfidenceIds:
+    to_id = tokenizer.convert_tokens_to_ids
+    tags = {domain: (to_id(c), to_id(u)) for domain, (c, u) in CONFIDENCE_TOKENS.items()}
+    return ConfidenceIds(to_id(MARKER_TOKEN), tags)
+
+
+def add_confidence_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds marker and tags to tokenizer and model, whose embedding grows only if it must.
+
+    New rows start at the mean of the existing ones, each moved by a tenth of their spread in a
+    direction of its own, so that confident and unsure differ from the start.
+    """
+    old_size = len(tokenizer)
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": [MARKER_TOKEN, *TAG_MEANING]}, replace_extra_special_tokens=False
+    )
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    new_ids = [token for token in confidence_ids(tokenizer).all if token >= old_size]
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {part.weight.data_ptr(): part.weight for part in embeddings}  # one if they are tied
+    with torch.no_grad():
+        for weight in weights.values():
+            existing = weight[:old_size].float()
+            mean, spread = existing.mean(dim=0), existing.std(dim=0)
+            for token in new_ids:
+                seed = zlib.crc32(tokenizer.convert_ids_to_tokens(token).encode())
+                noise = torch.randn(len(mean), generator=torch.Generator().manual_seed(seed))
+                weight[token] = (mean + 0.1 * spread * noise.to(mean.device)).to(weight.dtype)
+
+
+def initialize_model_with_tokens(
+    model_name: str,
+    adapter: str = "lora",
+    lora_r: int = LORA_R,
+    lora_alpha: float = LORA_ALPHA,
+    lora_dropout: float = LORA_DROPOUT,
+    **loading: Any,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The base model wrapped in a fresh adapter whose tag and marker rows train, and its tokenizer.
+
+    Trainable are the LoRA matrices on every linear layer and the rows of marker and tags, in the
+    input embedding and, where it is not tied to it, in the output head: without its rows a new
+    token cannot be learned. Everything else is frozen.
+
+    Args:
+        model_name: model on the Hugging Face Hub, or a folder.
+        adapter: "lora", or "activated" for one that acts from the marker on (PEFT's aLoRA).
+        lora_r, lora_alpha, lora_dropout: rank, scale times r, dropout of the adapter.
+        loading: passed to load_base_model().
+
+    Returns:
+        (model, tokenizer). The adapter's weights are float32, the base's of `dtype` or quantised.
+
+    Raises:
+        InputError: if the model cannot be found or loaded.
+    """
+    tokenizer = load_tokenizer(model_name)
+    model = load_base_model(model_name, **loading)
+    add_confidence_tokens(model, tokenizer)
+    ids = confidence_ids(tokenizer)
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    trained = [embedding] if head.weight is embedding.weight else [embedding, head]
+    names = [
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if any(module is part for part in trained)
+    ]
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora_r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules="all-linear",
+        trainable_token_indices=dict.fromkeys(names, ids.all),
+        alora_invocation_tokens=[ids.marker] if adapter == "activated" else None,
+    )
+    return get_peft_model(model, config), tokenizer
+
+
+def is_activated(model: PeftModel) -> bool:
+    return bool(model.peft_config[model.active_adapter].alora_invocation_tokens)
+
+
+def save_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    figures: dict[str, dict] | None = None,
+) -> None:
+    """Writes adapter, tokenizer and model card, replacing what `folder` held. Main process only.
+
+    The tag rows are part of the adapter; no whole embedding matrix is written, however the
+    vocabulary has grown. The folder changes its content at once or not at all.
+    """
+    folder = Path(folder)
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new, save_embedding_layers=False)
+    tokenizer.save_pretrained(new)
+    base = model.peft_config[model.active_adapter].base_model_name_or_path
+    table = f"## Validation\n\n```\n{format_table(figures)}\n```\n" if figures else ""
+    tags = "\n".join(f"- {domain}: `{c}`, `{u}`" for domain, (c, u) in CONFIDENCE_TOKENS.items())
+    card = f"""---
+base_model: {base}
+library_name: peft
+tags: [confidence, calibration, lora]
+---
+# Confidence adapter for {base}
+
+Kind: `{"activated" if is_activated(model) else "lora"}`. After the model's answer and the marker
+`{MARKER_TOKEN}`, the probability that the answer is right is P(C) / (P(C) + P(U)) of the tags of
+the question's domain:
+
+{tags}
+
+Load it with this folder's tokenizer. If that is longer than the base model's embedding, call
+`model.resize_token_embeddings(len(tokenizer))` before `PeftModel.from_pretrained`.
+
+{table}"""
+    (new / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+
+
+# ------------------------------------------------------------------------------------------------
+# Generation and scoring. P(C) is read from the cache that the answer left behind: one more token,
+# the marker, and the logits after it. Batches are padded on the left.
+
+
+def base_model_only(model: torch.nn.Module) -> AbstractContextManager:
+    """A context in which the adapter is off; nothing changes for a model that has none."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids that count each row's tokens and skip what is masked."""
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def prefill(
+    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None
+) -> Any:
+    """Runs `ids`, the last columns of the (batch, length) `mask`, through the decoder alone.
+
+    Returns:
+        The key-value cache of all columns so far; no logits are computed.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return (
+        base.get_decoder()(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions(mask)[:, -ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    ).past_key_values
+
+
+def invoke_marker(
+    model: torch.nn.Module, cache: Any, mask: torch.Tensor, marker: int
+) -> torch.Tensor:
+    """Appends the marker to the cached columns (whose mask is `mask`).
+
+    Returns:
+        (batch, vocabulary) logits at the tag's position. The cache grows by a column.
+    """
+    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    output = model(
+        input_ids=torch.full_like(mask[:, :1], marker),
+        attention_mask=mask,
+        position_ids=positions(mask)[:, -1:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1]
+
+
+def tag_probability(logits: torch.Tensor, pairs: list[tuple[int, int]]) -> torch.Tensor:
+    """P(C) / (P(C) + P(U)) = sigmoid(logit_C - logit_U), in float32.
+
+    Args:
+        logits: (batch, vocabulary) at the tag's position.
+        pairs: for each row, the ids of its domain's C and U tags.
+    """
+    both = logits.float().gather(1, torch.tensor(pairs, device=logits.device))
+    return torch.sigmoid(both[:, 0] - both[:, 1])
+
+
+class Generated(NamedTuple):
+    """A batch of generated answers, and what is needed to go on from them."""
+
+    answers: list[list[int]]  # token ids up to and without marker, tag or end of turn
+    finished: list[bool]  # False where max_new_tokens cut the answer off
+    tags: list[int | None]  # id of the tag that was written
+    sequences: (
+        torch.Tensor
+    )  # (batch, length) prompt and generated columns, the answers' padding too
+    mask: torch.Tensor  # (batch, length), 1 on the tokens of prompt and answer
+    cache: Any  # of all columns but the last
+
+
+def generate_answers(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int,
+    confidence: ConfidenceIds | None = None,
+    write_tags: bool = False,
+) -> Generated:
+    """Greedy answers to a batch of prompts.
+
+    With `write_tags` the model goes on to marker and tag and stops there; otherwise it stops at the
+    end of its turn, and the ids of `confidence`, if given, are kept out of the answer.
+    """
+    rows = [tokenize(tokenizer, prompt) for prompt in prompts]
+    ids, mask = (part.to(local_device()) for part in left_pad(rows, tokenizer.pad_token_id))
+    tag_ids = set(confidence.meaning) if confidence and write_tags else set()
+    end = model.generation_config.eos_token_id
+    ends = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None}
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        # What is not given here comes from the model's own configuration, which may sample or
+        # penalise repetition; a penalty would change the tag's probability.
+        generation_config=GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            max_new_tokens=max_new_tokens + 2 * write_tags,
+            eos_token_id=sorted(ends | tag_ids),
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=confidence.all if confidence and not write_tags else None,
+            return_dict_in_generate=True,
+        ),
+    )
+    new = output.sequences[:, ids.shape[1] :]
+    answer_ends = ends | tag_ids | ({confidence.marker} if confidence else set())
+    answers, finished, tags = [], [], []
+    for row in new.tolist():
+        stop = next((i for i, token in enumerate(row) if token in answer_ends), len(row))
+        answers.append(row[:stop])
+        finished.append(stop < len(row))
+        tags.append(next((token for token in row[stop:] if token in tag_ids), None))
+    lengths = torch.tensor([len(answer) for answer in answers], device=mask.device)
+    in_answer = torch.arange(new.shape[1], device=mask.device) < lengths[:, None]
+    mask = torch.cat([mask, in_answer.to(mask.dtype)], dim=1)
+    return Generated(answers, finished, tags, output.sequences, mask, output.past_key_values)
+
+
+def plan_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of like length, longest first: memory runs out at once or never."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+@torch.inference_mode()
+def score_batch(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: list[Record],
+    max_new_tokens: int | None,
+) -> list[tuple[float, str | None, str]]:
+    """P(C), the tag written and the answer of each record of a batch.
+
+    The model answers in at most `max_new_tokens`; with None the recorded answers are scored. Where
+    the model wrote no marker or tag, P(C) is read all the same, the tag's position forced. With an
+    activated adapter the base model answers, and the tag is the likelier of the domain's two.
+    """
+    ids = confidence_ids(tokenizer)
+    activated = is_activated(model)
+    prompts = [build_prompt(tokenizer, record) for record in records]
+    with base_model_only(model) if activated else nullcontext():
+        if max_new_tokens is None:
+            rows = [
+                tokenize(tokenizer, prompt) + tokenize(tokenizer, record["response"])
+                for prompt, record in zip(prompts, records)
+            ]
+            padded, mask = (part.to(model.device) for part in left_pad(rows, 0))
+            cache = prefill(model, padded, mask)
+            responses = [record["response"] for record in records]
+        else:
+            generated = generate_answers(
+                model, tokenizer, prompts, max_new_tokens, ids, write_tags=not activated
+            )
+            mask = generated.mask
+            cache = prefill(model, generated.sequences[:, -1:], mask, generated.cache)
+            responses = [
+                tokenizer.decode(answer, skip_special_tokens=True) for answer in generated.answers
+            ]
+    logits = invoke_marker(model, cache, mask, ids.marker)
+    domains = [DATASETS[record["dataset"]].domain for record in records]
+    confidences = tag_probability(logits, [ids.tags[domain] for domain in domains]).tolist()
+    if activated:
+        emitted = ["C" if confidence >= 0.5 else "U" for confidence in confidences]
+    else:
+        written = logits.argmax(dim=-1).tolist() if max_new_tokens is None else generated.tags
+        emitted = [
+            letter if domain in (None, wanted) else "other"
+            for wanted, (domain, letter) in zip(
+                domains, [ids.meaning.get(token, (None, None)) for token in written], strict=True
+            )
+        ]
+    return list(zip(confidences, emitted, responses))
+
+
+# ------------------------------------------------------------------------------------------------
+# Trainer
+
+
+class LengthGroupedSampler(torch.utils.data.Sampler):
+    """Shuffled records in global batches of like length, the same order on every process.
+
+    Seeded by seed and epoch, so that no process can drift from the others and a resumed run
+    continues in the same order.
+    """
+
+    def __init__(self, lengths: list[int], global_batch_size: int, seed: int) -> None:
+        self.lengths, self.global_batch_size, self.seed = lengths, global_batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1000 + self.epoch)
+        return iter(
+            get_length_grouped_indices(self.lengths, self.global_batch_size, generator=generator)
+        )
+
+
+@contextmanager
+def logits_only_at(model: PeftModel, wanted: torch.Tensor) -> Iterator[None]:
+    """Within it the model's logits are (n, vocabulary), of the n positions where the (batch,
+    length) mask `wanted` is true. A vocabulary is large; most positions need no logits."""
+    head = model.get_base_model().get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][wanted], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class ConfidenceTrainer(Trainer):
+    """Trainer whose loss, and whose logits, are only where a label is, and which validates through
+    its callbacks instead of a loss on a second dataset."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # we divide by the labels of the whole global batch
+        self._loss_shifts_labels = False  # and the collator's labels hold no first column to drop
+        self.marker = confidence_ids(self.processing_class).marker
+        # What this process has trained on: real tokens, labels, their summed cross-entropy
+        self.totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Cross-entropy at the labels, summed and divided by the labels of all processes and
+        accumulation steps of this update."""
+        ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+        if is_activated(self.model):
+            # Nothing before the marker needs a gradient: the base model fills the cache, and only
+            # the marker's column runs with the adapter. Marker and tag are the last two columns.
+            with torch.no_grad(), self.model.disable_adapter():
+                cache = prefill(self.model, ids[:, :-2], mask[:, :-2])
+            logits, labels = invoke_marker(model, cache, mask[:, :-2], self.marker), labels[:, -1]
+        else:
+            labelled = labels[:, 1:] != -100  # by the position that predicts the label
+            with logits_only_at(self.model, labelled):
+                logits = model(
+                    input_ids=ids[:, :-1],
+                    attention_mask=mask[:, :-1],
+                    position_ids=positions(mask[:, :-1]),
+                    use_cache=False,
+                ).logits
+            labels = labels[:, 1:][labelled]
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        self.totals += torch.stack([mask.sum(), mask.new_tensor(len(labels)), loss.detach()])
+        if num_items_in_batch is None:
+            return loss / len(labels)
+        # DDP averages the gradients of the processes; this makes it a sum over them
+        return loss / num_items_in_batch * self.accelerator.num_processes
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        lengths = [len(row["input_ids"]) for row in train_dataset or self.train_dataset]
+        return LengthGroupedSampler(lengths, global_batch_size(self.args), self.args.seed)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Runs the callbacks' on_evaluate; what they add to the metrics is logged and returned."""
+        metrics: dict[str, float] = {}
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        self.log(metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Into the existing checkpoint folder; PEFT would add the whole embedding, Trainer a pickle
+        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+        self.processing_class.save_pretrained(output_dir)
+
+
+def global_batch_size(args: TrainingArguments) -> int:
+    """Records in one update: per process, times accumulation, times processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+class ConsoleCallback(TrainerCallback):
+    """One line every logging step: step, loss, learning rate, real tokens a second, time left."""
+
+    def __init__(self, trainer: ConfidenceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = self.last = (time.perf_counter(), state.global_step, 0)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        now = (time.perf_counter(), state.global_step, int(self.trainer.totals[0]))
+        seconds = now[0] - self.last[0]
+        left = (now[0] - self.start[0]) / max(1, now[1] - self.start[1])
+        left *= state.max_steps - now[1]
+        say(
+            f"step {now[1]}/{state.max_steps}  loss {logs['loss']:.4f}  "
+            f"lr {logs['learning_rate']:.2e}  "
+            f"{(now[2] - self.last[2]) / seconds:,.0f} tokens/s a process  {left:.0f} s left"
+        )
+        self.last = now
+
+
+# ------------------------------------------------------------------------------------------------
+# ValidationCallback
+
+
+class ValidationCallback(TrainerCallback):
+    """Measures how well the tags know which answers are right, on a fixed sample of each set.
+
+    The sample is drawn once, by seed, and split over the processes in whole batches, so that each
+    record is scored exactly once and a batch is the same however many processes there are. Each
+    validation
+
+    - adds `eval_<set>_<metric>`, and `eval_<metric>` as the mean over the sets, to the metrics
+      that Trainer chooses its best model by (`--metric_for_best_model auroc`), NaN if undefined;
+    - prints a table, appends a line to `validation.jsonl`, draws `reliability.png`, and, through
+      `writer`, adds the picture to TensorBoard;
+    - keeps `best_accuracy/` and `best_calibration/`, by the mean over the sets, once training has
+      begun.
+    """
+
+    def __init__(
+        self,
+        sets: dict[str, list[Record]],
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Settings,
+        output_dir: str | Path,
+        generate: bool,
+        batch_size: int = 32,
+        seed: int = 42,
+        writer: Any = None,
+    ) -> None:
+        """
+        Args:
+            sets: records by name; the sample is drawn from them.
+            generate: whether the model answers, or the recorded answers are scored.
+            batch_size: answers at a time on each process.
+            writer: a SummaryWriter, or None.
+        """
+        self.tokenizer, self.settings, self.output_dir = tokenizer, settings, Path(output_dir)
+        self.max_new_tokens = settings.max_new_tokens if generate else None
+        self.batch_size, self.writer = batch_size, writer
+        self.samples: dict[str, list[Record]] = {}
+        room = settings.max_seq_length - 2 - (MIN_ANSWER_TOKENS if generate else 0)
+        for name, records in sets.items():
+            if generate:  # the answer will take the recorded one's place
+                records = [{**record, "response": ""} for record in records]
+            fitting = fit_records(tokenizer, records, room, f"validation set {name}")
+            count = min(settings.val_samples, len(fitting))
+            chosen = random.Random(f"{seed} {name}").sample(range(len(fitting)), count)
+            self.samples[name] = [fitting[i] for i in sorted(chosen)]
+        self.history: list[dict] = []  # the lines of validation.jsonl, on the main process
+        self.last_step = -1
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Takes up the history of the run that is resumed, up to the checkpoint's step."""
+        path = self.output_dir / "validation.jsonl"
+        if path.is_file():
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            self.history = [line for line in lines if line["step"] <= state.global_step]
+
+    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
+        self.last_step = state.global_step
+        was_training = model.training
+        model.eval()
+        figures, scores = {}, {}
+        for name in self.samples:
+            figures[name], scores[name] = self._validate_dataset(model, name)
+            for metric, value in figures[name].items():
+                metrics[f"eval_{name}_{metric}"] = math.nan if value is None else value
+        model.train(was_training)
+        for metric in MEANS_OVER_SETS:
+            values = [figure[metric] for figure in figures.values() if figure[metric] is not None]
+            metrics[f"eval_{metric}"] = sum(values) / len(values) if values else math.nan
+        if state.is_world_process_zero:
+            self._record(model, state, figures, scores, metrics)
+
+    def _validate_dataset(self, model: PeftModel, name: str) -> tuple[dict, list[Score]]:
+        """Scores the sample of one set on all processes.
+
+        Returns:
+            The metrics of confidence_metrics() with `runtime` in seconds, and the scores in the
+            order of the sample; the same on every process.
+        """
+        start = time.perf_counter()
+        records = self.samples[name]
+        lengths = [
+            len(build_prompt(self.tokenizer, record)) + len(record["response"])
+            for record in records
+        ]
+        batches = plan_batches(lengths, self.batch_size)
+        state = PartialState()
+        mine = []
+        for batch in batches[state.process_index :: state.num_processes]:
+            chosen = [records[i] for i in batch]
+            results = score_batch(model, self.tokenizer, chosen, self.max_new_tokens)
+            for i, record, (confidence, emitted, response) in zip(
+                batch, chosen, results, strict=True
+            ):
+                truth = record.get("answer") if self.max_new_tokens else None
+                judged = judge_answer(record["dataset"], response, truth, record.get("options"))
+                correct = bool(judged.correct) if self.max_new_tokens else record["confident"]
+                mine.append(Score(i, confidence, emitted, correct, judged.extracted, response))
+        scores = sorted(gather_object(mine))
+        if [score.index for score in scores] != list(range(len(records))):
+            raise RuntimeError(
+                f"validation of {name}: {len(scores)} scores, {len(records)} records"
+            )
+        figures = confidence_metrics(scores, self.settings.calib_p_norm, self.settings.calib_beta)
+        figures["runtime"] = time.perf_counter() - start
+        return figures, scores
+
+    def _record(self, model, state, figures, scores, metrics) -> None:
+        step, epoch = state.global_step, state.epoch or 0.0
+        say(f"\nvalidation at step {step}\n{format_table(figures)}\n")
+        for name, key, sign in (
+            ("best_accuracy", "accuracy", 1),
+            ("best_calibration", "calibration_error", -1),
+        ):
+            value = sign * metrics[f"eval_{key}"]
+            earlier = [line[name] for line in self.history if line["step"] > 0]
+            if step > 0 and value > max((sign * best for best in earlier), default=-math.inf):
+                save_adapter(model, self.tokenizer, self.output_dir / name, figures)
+        self.history.append(
+            {
+                "step": step,
+                "epoch": epoch,
+                "best_accuracy": metrics["eval_accuracy"],
+                "best_calibration": metrics["eval_calibration_error"],
+                "datasets": figures,
+            }
+        )
+        lines = [json.dumps(line) + "\n" for line in self.history]
+        (self.output_dir / "validation.jsonl").write_text("".join(lines), encoding="utf-8")
+        figure = reliability_figure(scores, figures)
+        figure.savefig(self.output_dir / "reliability.png", dpi=110)
+        if self.writer is not None:
+            self.writer.add_figure("validation/reliability", figure, step)
+
+
+MEANS_OVER_SETS = (
+    "accuracy answer_accuracy calibration_error ece brier nll auroc mean_confidence "
+    "missing_tag_rate wrong_domain_rate unparsed_rate"
+).split()
+
+TABLE_COLUMNS = {  # heading: metric
+    "answers": "num_samples",
+    "right": "answer_accuracy",
+    "tag acc": "accuracy",
+    "majority": "majority_accuracy",
+    "AUROC": "auroc",
+    "cal err": "calibration_error",
+    "perfect": "calibration_error_if_perfect",
+    "ECE": "ece",
+    "Brier": "brier",
+    "no tag": "missing_tag_rate",
+}
+
+
+def format_table(figures: dict[str, dict], before: dict[str, dict] | None = None) -> str:
+    """A table of validation figures, a line for each set; with `before`, two lines."""
+    rows = []
+    for name, after in figures.items():
+        if before:
+            rows.append((f"{name} before", before[name]))
+        rows.append((f"{name} after" if before else name, after))
+    width = max(len(label) for label, _ in rows)
+    lines = [" " * width + "".join(f"{heading:>10}" for heading in TABLE_COLUMNS)]
+    for label, figure in rows:
+        cells = ""
+        for metric in TABLE_COLUMNS.values():
+            value = figure.get(metric)
+            text = (
+                "-" if value is None else str(value) if metric == "num_samples" else f"{value:.3f}"
+            )
+            cells += f"{text:>10}"
+        lines.append(f"{label:<{width}}{cells}")
+    return "\n".join(lines)
+
+
+def reliability_figure(scores: dict[str, list[Score]], figures: dict[str, dict]) -> Figure:
+    """A reliability diagram for each set: share correct by confidence, and how many there are."""
+    figure = Figure(figsize=(4.4 * len(scores), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(scores), squeeze=False, height_ratios=(3, 1), sharex=True)
+    for i, (name, answers) in enumerate(scores.items()):
+        diagram, histogram = axes[0, i], axes[1, i]
+        confidence = [score.confidence for score in answers]
+        correct = [score.correct for score in answers]
+        count, mean, right = reliability_bins(confidence, correct).T
+        diagram.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfect calibration")
+        diagram.scatter(mean, right, s=12 + 240 * count / max(1, count.max()), alpha=0.7)
+        error, auroc = figures[name]["calibration_error"], figures[name]["auroc"]
+        diagram.set_title(
+            f"{name}: {len(answers)} answers\ncalibration error {error:.3f}"
+            + (f", AUROC {auroc:.3f}" if auroc is not None else "")
+        )
+        diagram.set(ylabel="share of answers right", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        diagram.legend(loc="upper left", frameon=False)
+        right_and_wrong = [[c for c, ok in zip(confidence, correct) if ok == k] for k in (1, 0)]
+        histogram.hist(
+            right_and_wrong, bins=ECE_BINS, range=(0, 1), stacked=True, label=["right", "wrong"]
+        )
+        histogram.set(xlabel="confidence P(C)", ylabel="answers")
+        histogram.legend(frameon=False)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+
+
+def check_classes(records: list[Record], path: str) -> None:
+    """Refuses data from which nothing can be learned, and warns of a domain that is one-sided."""
+    counts = Counter(
+        (DATASETS[record["dataset"]].domain, record["confident"]) for record in records
+    )
+    kinds = {confident for _, confident in counts}
+    if len(kinds) == 1:
+        only = "confident" if kinds.pop() else "unsure"
+        raise InputError(
+            f"all {len(records)} records of --train_data {path} are tagged {only}: "
+            "the data must hold right and wrong answers"
+        )
+    for domain in sorted({domain for domain, _ in counts}):
+        right, wrong = counts[domain, True], counts[domain, False]
+        say(f"{domain}: {right + wrong} training records, {right} right, {wrong} wrong")
+        if not (right and wrong):
+            say(f"warning: domain {domain} has answers of one kind only and will learn just that")
+
+
+def choose_validation(
+    settings: Settings, records: list[Record], seed: int
+) -> tuple[list[Record], dict[str, list[Record]], bool]:
+    """(training records, validation sets by name, whether the model generates the answers).
+
+    Raises:
+        InputError: naming the file and line of a record that lacks what this kind of validation
+            needs.
+    """
+    if not settings.val_data:
+        training, held = hold_out(records, 0.05, settings.val_samples, seed)
+        sets = {
+            name: [record for record in held if record["dataset"] == name]
+            for name in sorted({record["dataset"] for record in held})
+        }
+        say(f"held out of training for validation: {len(held)} of {len(records)} records")
+    else:
+        training, sets = records, {}
+        for item in settings.val_data:
+            name, _, path = item.partition("=")
+            if Path(path).is_file():
+                found = read_records(path, settings.skip_bad_records)
+            else:
+                found = read_hub_dataset(name, path)
+            datasets_in_it = sorted({record["dataset"] for record in found})
+            for dataset in datasets_in_it:
+                key = name if len(datasets_in_it) == 1 else f"{name}/{dataset}"
+                sets[key] = [record for record in found if record["dataset"] == dataset]
+    generate = settings.validation_answers or ("generate" if settings.val_data else "recorded")
+    needed = "answer" if generate == "generate" else "confident"
+    field_name = {"answer": '"answer"', "confident": '"tagged_response"'}[needed]
+    for name, members in sets.items():
+        for record in members:
+            if record.get(needed) is None:
+                raise InputError(
+                    f"validation set {name}, line {record['line']}: {field_name} is missing, which "
+                    f"--validation_answers {generate} needs"
+                )
+    return training, sets, generate == "generate"
+
+
+RUN_FILES = (  # what a run leaves in its folder, and --overwrite_output_dir deletes
+    "final best_accuracy best_calibration logs settings.yaml validation.jsonl reliability.png "
+    "summary.json"
+).split()
+
+
+def check_output_dir(folder: Path, saved: dict[str, Any], overwrite: bool) -> str | None:
+    """Decides what becomes of what --output_dir holds; changes nothing.
+
+    Returns:
+        The checkpoint to resume from: the last one of an unfinished run with the same settings.
+
+    Raises:
+        InputError: if the folder cannot be written, or holds a finished run, a run with other
+            settings, or files that are no run at all.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
+    held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if not held or overwrite:
+        return None
+    remedy = "give another --output_dir, or --overwrite_output_dir to delete that run"
+    if "settings.yaml" not in held:
+        raise InputError(
+            f"--output_dir {folder} is not empty and holds no run of this script; {remedy}"
+        )
+    if "summary.json" in held:
+        raise InputError(f"--output_dir {folder} holds a finished run; {remedy}")
+    earlier = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    differing = [
+        f"--{key} was {earlier.get(key)!r} and is {value!r}"
+        for key, value in saved.items()
+        if key not in ("versions", "overwrite_output_dir") and earlier.get(key) != value
+    ]
+    if differing:
+        raise InputError(
+            f"--output_dir {folder} holds an unfinished run with other settings "
+            f"({'; '.join(differing[:5])}); {remedy}"
+        )
+    return get_last_checkpoint(str(folder))
+
+
+def settings_to_save(settings: Settings, training: dict[str, Any]) -> dict[str, Any]:
+    """Every setting of the run by its flag's name, without secrets, and the libraries' versions."""
+    flags = {**asdict(settings), **training}
+    return {
+        **{key: value for key, value in sorted(flags.items()) if not key.endswith("token")},
+        "versions": {
+            name: version(name)
+            for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+        },
+    }
+
+
+def resolve_precision(training: dict[str, Any]) -> torch.dtype:
+    """Decides bf16 and fp16 where the command line does not; returns the base weights' dtype.
+
+    accelerate takes its precision from the environment that `accelerate launch` sets; this
+    overrules it, so that flag and configuration file cannot disagree.
+    """
+    if training["bf16"] is None:
+        gpu_has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        training["bf16"] = gpu_has_it and not training["fp16"]
+    training["fp16"] = bool(training["fp16"])
+    kind = "bf16" if training["bf16"] else "fp16" if training["fp16"] else "no"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = kind
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[kind]
+
+
+def make_training_arguments(training: dict[str, Any], resuming: bool) -> TrainingArguments:
+    """transformers' arguments; this is where the processes of a distributed run meet.
+
+    Raises:
+        InputError: with transformers' own words on a combination it refuses.
+    """
+    metric = training.get("metric_for_best_model")
+    defaults = {
+        "use_cpu": not torch.cuda.is_available(),
+        "eval_strategy": "steps",
+        "eval_on_start": not resuming,
+        "greater_is_better": not metric.endswith(LOWER_IS_BETTER) if metric else None,
+        "ddp_find_unused_parameters": False,
+        "disable_tqdm": True,
+    }
+    report_to = [name for name in report_targets(training) if name != "tensorboard"]  # see run()
+    chosen = {**defaults, **training, "report_to": report_to, "remove_unused_columns": False}
+    try:
+        return TrainingArguments(**chosen)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"transformers refuses these settings: {error}") from error
+
+
+def report_targets(training: dict[str, Any]) -> list[str]:
+    """Where metrics are logged: TensorBoard unless --report_to says otherwise."""
+    targets = training.get("report_to") or "tensorboard"
+    return [targets] if isinstance(targets, str) else targets
+
+
+def shorten_intervals(args: TrainingArguments, num_records: int) -> int:
+    """Updates of the whole run. Longer intervals are cut to a quarter of it, with a warning:
+    otherwise a short run would never validate or save before its end."""
+    batches = math.ceil(num_records / (args.train_batch_size * args.world_size))
+    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    for name in ("eval_steps", "save_steps"):
+        interval = getattr(args, name)
+        if interval > steps:
+            setattr(args, name, max(1, steps // 4))
+            say(
+                f"warning: --{name} {interval:g} is longer than the run of {steps} steps; "
+                f"shortened to {getattr(args, name)}"
+            )
+    return steps
+
+
+def start_output_dir(folder: Path, saved: dict[str, Any], resuming: bool) -> None:
+    """Clears what an overwritten run left, or one without checkpoint; writes settings.yaml."""
+    if not resuming:
+        for path in [*folder.glob("checkpoint-*"), *(folder / name for name in RUN_FILES)]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    text = yaml.safe_dump(saved, sort_keys=False, allow_unicode=True)
+    (folder / "settings.yaml").write_text(text, encoding="utf-8")
+
+
+def finish(
+    trainer: ConfidenceTrainer, validation: ValidationCallback, settings: Settings, result: dict
+) -> dict[str, Any]:
+    """Writes final/ and summary.json, pushes if asked, prints before and after."""
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    tokens, labels, loss = trainer.accelerator.reduce(trainer.totals, "sum").tolist()
+    if not trainer.is_world_process_zero():
+        return {}
+    after = validation.history[-1]["datasets"]
+    before = next((line["datasets"] for line in validation.history if line["step"] == 0), None)
+    spent = sum(
+        figure["runtime"] for line in validation.history for figure in line["datasets"].values()
+    )
+    save_adapter(trainer.model, trainer.processing_class, folder / "final", after)
+    if settings.hf_repo:
+        create_repo(settings.hf_repo, exist_ok=True)
+        upload_folder(repo_id=settings.hf_repo, folder_path=folder / "final")
+        say(f"pushed {folder / 'final'} to {settings.hf_repo}")
+    summary = {
+        "status": "completed",
+        "run_name": args.run_name or folder.name,
+        "model_name": settings.model_name,
+        "adapter": settings.adapter,
+        "num_processes": args.world_size,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "global_batch_size": global_batch_size(args),
+        "steps": trainer.state.global_step,
+        "train_loss": loss / labels,  # over all processes; Trainer's own is the main one's
+        "train_runtime": result["train_runtime"],
+        "validation_runtime": spent,
+        "train_tokens": int(tokens),
+        "train_tokens_per_second": tokens / max(1e-9, result["train_runtime"] - spent),
+        "validation": after,
+        "validation_before_training": before,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    say(f"\n{settings.adapter} adapter of {settings.model_name}\n{format_table(after, before)}")
+    say(
+        f"\n{summary['steps']} steps in {result['train_runtime']:.0f} s, of them {spent:.0f} s "
+        f"validation; adapter: {folder / 'final'}\n"
+        f"picture: {folder / 'reliability.png'}\n"
+        f"curves:  tensorboard --logdir {folder / 'logs'}"
+    )
+    return summary
+
+
+def run(argv: list[str] | None) -> dict[str, Any]:
+    """The whole run, step by step. Returns the content of summary.json (empty on other ranks)."""
+    settings, training = parse_command_line(argv)
+    check_settings(settings, training)
+    records = read_records(settings.train_data, settings.skip_bad_records)
+    for record in records:
+        if "response" not in record:
+            raise InputError(
+                f'{settings.train_data}:{record["line"]}: "tagged_response" is missing'
+            )
+    check_classes(records, settings.train_data)
+    records, validation_sets, generate = choose_validation(settings, records, training["seed"])
+    dtype = resolve_precision(training)
+    folder, saved = Path(training["output_dir"]), settings_to_save(settings, training)
+    checkpoint = training.pop("resume_from_checkpoint", None) or check_output_dir(
+        folder, saved, settings.overwrite_output_dir
+    )
+
+    args = make_training_arguments(training, resuming=checkpoint is not None)
+    set_seed(args.seed)
+    if args.world_size > 1:
+        say(f"Distributed training with {args.world_size} processes")
+    model, tokenizer = initialize_model_with_tokens(
+        settings.model_name,
+        settings.adapter,
+        settings.lora_r,
+        settings.lora_alpha,
+        settings.lora_dropout,
+        dtype=dtype,
+        attn_implementation=settings.attn_implementation,
+        load_in_8bit=settings.load_in_8bit,
+        load_in_4bit=settings.load_in_4bit,
+    )
+    records = fit_records(
+        tokenizer, records, settings.max_seq_length - 2, f"--train_data {settings.train_data}"
+    )
+    encodings = [
+        encode_segments(tokenizer, confidence_segments(tokenizer, record, settings.adapter))
+        for record in records
+    ]
+    steps = shorten_intervals(args, len(encodings))
+    say(
+        f"{len(encodings)} records, {steps} steps of {global_batch_size(args)} records "
+        f"({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulation x "
+        f"{args.world_size} processes), {str(dtype).removeprefix('torch.')}, "
+        f"{model.get_nb_trainable_parameters()[0]:,} trainable parameters"
+    )
+    writer = None
+    PartialState().wait_for_everyone()  # all have looked into the folder before one changes it
+    if args.process_index == 0:
+        start_output_dir(folder, saved, resuming=checkpoint is not None)
+        if "tensorboard" in report_targets(training):
+            writer = SummaryWriter(str(folder / "logs"))
+    if checkpoint:
+        say(f"resuming from {checkpoint}")
+    validation = ValidationCallback(
+        validation_sets, tokenizer, settings, folder, generate,
+        args.per_device_eval_batch_size, args.seed, writer,
+    )  # fmt: skip
+    trainer = ConfidenceTrainer(
+        model=model,
+        args=args,
+        train_dataset=encodings,
+        eval_dataset=[],  # Trainer asks for one; evaluate() runs the ValidationCallback
+        data_collator=Collator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        callbacks=[validation, *([TensorBoardCallback(writer)] if writer else [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ConsoleCallback(trainer))
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if validation.last_step != trainer.state.global_step:  # --eval_strategy no, or epoch
+        trainer.evaluate()
+    return finish(trainer, validation, settings, result.metrics)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Trains as the command line says; exits with code 2 and one message if it cannot."""
+    try:
+        return run(argv)
+    except InputError as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print(f"train_confidence_lora.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Trains a confidence LoRA with settings chosen for the model, on the GPUs that are here.
+#
+#   bash train_fast_4gpu.sh qwen                       # Qwen2.5-7B-Instruct
+#   bash train_fast_4gpu.sh mistral --num_epochs 3     # Mistral-7B-Instruct; your flags win
+#   bash train_fast_4gpu.sh demo --adapter activated   # the built-in tiny model, no GPU needed
+#   bash train_fast_4gpu.sh qwen --preset 8gpu         # 1gpu, 2gpu, 4gpu or 8gpu: FAST_TRAINING.md
+#   DRY_RUN=1 bash train_fast_4gpu.sh qwen             # only prints the command
+#
+# Without --preset a step has 128 records, however many GPUs there are.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+usage() {
+  echo "usage: bash train_fast_4gpu.sh qwen|mistral|demo [--preset 1gpu|2gpu|4gpu|8gpu] [flags]" >&2
+  exit 2
+}
+fail() {
+  echo "train_fast_4gpu.sh: $*" >&2
+  exit 2
+}
+
+[[ $# -ge 1 ]] || usage
+name=$1
+shift
+preset=""
+if [[ ${1:-} == --preset ]]; then
+  preset=${2:-}
+  shift 2 || usage
+fi
+
+python=python
+[[ -x .venv/bin/python ]] && python=.venv/bin/python
+# One start of Python answers both: are the packages here, and how many GPUs are there?
+gpus=$("$python" -c 'import accelerate, peft, transformers, torch; print(torch.cuda.device_count())' 2>/dev/null) ||
+  fail "the Python packages are missing; 'make setup' installs them (on GPUs 'make setup-gpu')"
+gpus=${GPUS:-$gpus} # GPUS=2 leaves the others to somebody else
+
+case $name in
+  qwen)
+    settings=(--model_name Qwen/Qwen2.5-7B-Instruct
+      --train_data tagged/qwen/qwen_all_tagged.jsonl --output_dir checkpoints/qwen_fast)
+    ;;
+  mistral)
+    settings=(--model_name mistralai/Mistral-7B-Instruct-v0.2
+      --train_data tagged/mistral/mistral_all_tagged.jsonl --output_dir checkpoints/mistral_fast)
+    ;;
+  demo)
+    # A million parameters: few records a step, a high learning rate, no dropout. An activated
+    # adapter's steps cost less, so it can take twice the epochs in the same time.
+    batch=4 epochs=3
+    [[ " $* " == *" activated "* ]] && batch=8 epochs=6
+    settings=(--model_name demo/model --train_data tagged/demo/demo_all_tagged.jsonl
+      --output_dir checkpoints/demo
+      --val_data reading=tagged/demo/demo_val_demo_reading.jsonl
+      medicine=tagged/demo/demo_val_demo_medicine.jsonl
+      --val_samples 600 --per_device_eval_batch_size 100 --max_new_tokens 16 --max_seq_length 256
+      --num_epochs "$epochs" --learning_rate 7e-4 --lora_alpha 64 --lora_dropout 0
+      --logging_steps 200 --eval_steps 1000 --save_steps 1000 --no_bf16)
+    ;;
+  *) usage ;;
+esac
+
+if [[ $name == demo ]]; then
+  processes=2 accumulation=1 rate=()
+  if [[ $gpus -eq 0 ]]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; else processes=$((gpus < 2 ? gpus : 2)); fi
+elif [[ -n $preset ]]; then
+  case $preset in # processes, records a GPU, accumulation, learning rate
+    1gpu) processes=1 batch=8 accumulation=1 rate=(--learning_rate 2e-4) ;;
+    2gpu) processes=2 batch=12 accumulation=2 rate=(--learning_rate 2.5e-4) ;;
+    4gpu) processes=4 batch=16 accumulation=2 rate=(--learning_rate 3e-4) ;;
+    8gpu) processes=8 batch=16 accumulation=2 rate=(--learning_rate 4e-4) ;;
+    *) usage ;;
+  esac
+  [[ $gpus -ge $processes ]] || fail "--preset $preset needs $processes GPUs, $gpus are here"
+else
+  [[ $gpus -ge 1 ]] ||
+    fail "a 7B model needs at least one GPU and none is here; 'bash train_fast_4gpu.sh demo' runs on a CPU"
+  processes=$((gpus < 4 ? gpus : 4)) rate=(--learning_rate 3e-4)
+  case $processes in
+    1) batch=16 accumulation=8 ;;
+    2) batch=16 accumulation=4 ;;
+    3) batch=14 accumulation=3 ;; # 126: three does not divide 128
+    4) batch=16 accumulation=2 ;;
+  esac
+fi
+echo "$name: $processes processes x $batch records x $accumulation accumulation =" \
+  "$((processes * batch * accumulation)) records a step"
+
+# accelerate's MULTI_GPU refuses a single process, which needs no launcher
+launch=(-m accelerate.commands.launch --config_file train_config_4gpu.yaml --num_processes "$processes")
+[[ $processes -eq 1 ]] && launch=()
+command=("$python" "${launch[@]}" train_confidence_lora.py
+  "${settings[@]}" --batch_size "$batch" --gradient_accumulation_steps "$accumulation"
+  "${rate[@]}" "$@")
+if [[ -n ${DRY_RUN:-} ]]; then
+  printf '%q ' "${command[@]}"
+  echo
+  exit 0
+fi
+exec "${command[@]}"
