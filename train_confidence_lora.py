@@ -356,12 +356,6 @@ class Record(TypedDict, total=False):
     line: int  # of the file it came from, counted from 1
 
 
-def open_text(path: str | Path):
-    path = Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig")
-
-
 TAG_PATTERN = re.compile(r"<[CU]_[A-Z]+>")
 
 
@@ -380,10 +374,8 @@ def parse_record(line: str) -> Record:
     question, name = record.get("question"), record.get("dataset")
     if not isinstance(question, str) or not question.strip():
         raise ValueError('"question" is missing or empty')
-    if name not in DATASETS:
-        raise ValueError(
-            f"unknown dataset {name!r}; known are {', '.join(DATASETS)} (see DATASETS)"
-        )
+    if not isinstance(name, str) or name not in DATASETS:
+        raise ValueError(f"unknown dataset {name!r}; known are {', '.join(DATASETS)}")
     context, options = record.get("context"), record.get("options")
     if context is not None and not isinstance(context, str):
         raise ValueError('"context" must be a string')
@@ -432,7 +424,8 @@ def read_records(path: str | Path, skip_bad: bool = False) -> list[Record]:
     records: list[Record] = []
     problems: list[str] = []
     try:
-        with open_text(path) as file:
+        opener = gzip.open if str(path).endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -946,8 +939,8 @@ def calibration_error_if_perfect(
         return None
     rng = np.random.default_rng(0)
     errors = [
-        binned_error(confidence, rng.random(len(confidence)) < confidence, str(p), beta)
-        for _ in range(draws)
+        binned_error(confidence, (outcome < confidence).astype(float), str(p), beta)
+        for outcome in rng.random((draws, len(confidence)))
     ]
     return float(np.percentile(errors, 95))
 
@@ -1023,11 +1016,6 @@ class Score(NamedTuple):
 # Model and tokenizer
 
 
-def local_device() -> str:
-    """Where this process keeps its model: its own GPU, or the CPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-
-
 def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token.
 
@@ -1058,6 +1046,7 @@ def load_base_model(
     Raises:
         InputError: if it cannot be found or loaded.
     """
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     quantization = None
     if load_in_8bit or load_in_4bit:
         quantization = BitsAndBytesConfig(
@@ -1073,7 +1062,7 @@ def load_base_model(
             dtype=dtype,
             attn_implementation=attn_implementation,
             quantization_config=quantization,
-            device_map={"": local_device()},
+            device_map={"": device},
         )
     except (OSError, ImportError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -1324,7 +1313,7 @@ def generate_answers(
     end of its turn, and the ids of `confidence`, if given, are kept out of the answer.
     """
     rows = [tokenize(tokenizer, prompt) for prompt in prompts]
-    ids, mask = (part.to(local_device()) for part in left_pad(rows, tokenizer.pad_token_id))
+    ids, mask = (part.to(model.device) for part in left_pad(rows, tokenizer.pad_token_id))
     tag_ids = set(confidence.meaning) if confidence and write_tags else set()
     end = model.generation_config.eos_token_id
     ends = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None}
@@ -1787,6 +1776,11 @@ def choose_validation(
     """
     if not settings.val_data:
         training, held = hold_out(records, 0.05, settings.val_samples, seed)
+        if not held:
+            raise InputError(
+                f"--train_data {settings.train_data} has too few records to hold any out for "
+                "validation: give --val_data NAME=PATH"
+            )
         sets = {
             name: [record for record in held if record["dataset"] == name]
             for name in sorted({record["dataset"] for record in held})
@@ -1835,7 +1829,7 @@ def check_output_dir(folder: Path, saved: dict[str, Any], overwrite: bool) -> st
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder, prefix="."):
             pass
     except OSError as error:
         raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
@@ -1903,6 +1897,7 @@ def make_training_arguments(training: dict[str, Any], resuming: bool) -> Trainin
         "eval_on_start": not resuming,
         "greater_is_better": not metric.endswith(LOWER_IS_BETTER) if metric else None,
         "ddp_find_unused_parameters": False,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},  # what DDP can work with
         "disable_tqdm": True,
     }
     report_to = [name for name in report_targets(training) if name != "tensorboard"]  # see run()
@@ -2009,9 +2004,14 @@ def run(argv: list[str] | None) -> dict[str, Any]:
     records, validation_sets, generate = choose_validation(settings, records, training["seed"])
     dtype = resolve_precision(training)
     folder, saved = Path(training["output_dir"]), settings_to_save(settings, training)
-    checkpoint = training.pop("resume_from_checkpoint", None) or check_output_dir(
-        folder, saved, settings.overwrite_output_dir
-    )
+    checkpoint = training.pop("resume_from_checkpoint", None)
+    if checkpoint is None:
+        checkpoint = check_output_dir(folder, saved, settings.overwrite_output_dir)
+    elif not Path(checkpoint, "trainer_state.json").is_file():
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint} is no checkpoint folder; without the flag an "
+            "unfinished run in --output_dir goes on from its last checkpoint"
+        )
 
     args = make_training_arguments(training, resuming=checkpoint is not None)
     set_seed(args.seed)
@@ -2066,7 +2066,8 @@ def run(argv: list[str] | None) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ConsoleCallback(trainer))
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    if validation.last_step != trainer.state.global_step:  # --eval_strategy no, or epoch
+    # By --eval_strategy the last step may not be validated, or the best model may have come back
+    if validation.last_step != trainer.state.global_step or args.load_best_model_at_end:
         trainer.evaluate()
     return finish(trainer, validation, settings, result.metrics)
 

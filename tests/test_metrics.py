@@ -108,6 +108,10 @@ def test_if_perfect_is_the_95th_percentile_of_perfect_models():
     errors = [calibration_error(confidence, rng.random(400) < confidence) for _ in range(1000)]
     assert np.mean(np.array(errors) <= limit) == pytest.approx(0.95, abs=0.02)
     assert calibration_error_if_perfect([]) is None
+    ties = np.repeat([0.2, 0.5, 0.9], 100)
+    limit = calibration_error_if_perfect(ties, "1")
+    errors = [calibration_error(ties, rng.random(300) < ties, "1") for _ in range(1000)]
+    assert np.mean(np.array(errors) <= limit) == pytest.approx(0.95, abs=0.02)
 
 
 def scores_of(confidence, correct, emitted=None, extracted="yes"):

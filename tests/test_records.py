@@ -25,6 +25,7 @@ def test_gzip_bom_crlf_and_blank_lines_are_read(tmp_path):
     ("change", "reason"),
     [
         ({"dataset": "squad"}, "unknown dataset 'squad'; known are boolq"),
+        ({"dataset": ["boolq"]}, "unknown dataset ['boolq']"),
         ({"question": " "}, '"question" is missing or empty'),
         ({"tagged_response": "Yes."}, "it must end with <C_READ> or <U_READ>"),
         ({"tagged_response": "Yes <C_READ> <U_READ>"}, "2 confidence tags"),

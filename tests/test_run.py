@@ -150,9 +150,43 @@ def test_quantised_weights_train_end_to_end(line):
     assert summary["status"] == "completed"
 
 
-def test_bf16_runs_on_a_cpu(line):
+@pytest.mark.parametrize("adapter", ["lora", "activated"])
+def test_bf16_runs_on_a_cpu(adapter, line):
     arguments, _ = line
-    assert main([*arguments, "--bf16"])["status"] == "completed"
+    summary = main([*arguments, "--bf16", "--adapter", adapter])
+    assert summary["status"] == "completed"
+
+
+def test_gradient_checkpointing_changes_no_step(line):
+    arguments, _ = line
+    expected = main(arguments)["train_loss"]
+    loss = main([*arguments, "--gradient_checkpointing", "--overwrite_output_dir"])["train_loss"]
+    assert loss == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(line, tmp_path, capsys):
+    arguments, _ = line
+    error = refusal([*arguments, "--resume_from_checkpoint", str(tmp_path)], capsys)
+    assert "is no checkpoint folder" in error
+
+
+def test_the_best_model_comes_back_at_the_end_and_is_the_one_reported(line):
+    """With a learning rate that ruins the model after its first steps."""
+    arguments, out = line
+    arguments = [*arguments, "--max_steps", "6", "--eval_steps", "2", "--save_steps", "2"]
+    best = ["--load_best_model_at_end", "--metric_for_best_model", "nll"]
+    summary = main([*arguments, *best, "--learning_rate", "0.5", "--lora_r", "2"])
+    state = json.loads((out / "checkpoint-6" / "trainer_state.json").read_text())
+    nll = sum(f["nll"] for f in summary["validation"].values()) / len(summary["validation"])
+    assert nll == pytest.approx(state["best_metric"], abs=1e-4)
+
+
+def test_data_too_small_to_hold_anything_out_is_refused(line, tmp_path, capsys):
+    arguments, _ = line
+    records = tagged_records(64)
+    one_each = [next(r for r in records if tag in r["tagged_response"]) for tag in ("C_R", "U_M")]
+    path = write_jsonl(tmp_path / "two.jsonl", one_each)
+    assert "too few records" in refusal([*arguments, "--train_data", path], capsys)
 
 
 def test_the_final_adapter_is_pushed_where_asked(line, monkeypatch):
@@ -246,3 +280,22 @@ def test_one_copied_file_is_enough_to_train(tiny_models, train_file, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run(command, cwd=tmp_path, check=True, env=environment, timeout=120)
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_the_readmes_example_runs(tiny_models, tmp_path):
+    """The code block as it stands, on an adapter made here."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    data = write_jsonl(tmp_path / "train.jsonl", tagged_records(64))
+    main(["--model_name", tiny_models["mistral"], "--train_data", data, "--adapter", "activated",
+          "--output_dir", str(tmp_path / "run"), *QUICK])  # fmt: skip
+    for name, here in (
+        ("checkpoints/demo_activated/final", tmp_path / "run" / "final"),
+        ("demo/model", tiny_models["mistral"]),
+    ):
+        assert code.count(f'"{name}"') == 1
+        code = code.replace(f'"{name}"', repr(str(here)))
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert re.search(r"\(right with probability 0\.\d\d\)", shown)
