@@ -25,6 +25,7 @@ import os
 import sys
 import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ def read_answers(folder: Path) -> dict[str, dict]:
     """Answers of earlier, interrupted runs by question key. A last line cut short is dropped."""
     answers = {}
     for path in sorted(folder.glob("answers-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 answer = json.loads(line)
             except json.JSONDecodeError:
@@ -90,13 +91,15 @@ def answer_questions(arguments: argparse.Namespace, records: list[Record], folde
 
     done = read_answers(folder)
     waiting = [record for record in records if question_key(record) not in done]
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # hours, since one process may have longer answers to write than the others
+    cpu = not torch.cuda.is_available()
+    state = PartialState(cpu=cpu, timeout=timedelta(hours=6))
     state.wait_for_everyone()  # all have read the same answers before one adds to them
     if done:
         confidence.say(f"{len(records) - len(waiting)} questions were answered before, going on")
     if not waiting:
         return
-    bf16 = torch.cuda.is_available() if arguments.bf16 is None else arguments.bf16
+    bf16 = confidence.gpu_has_bf16() if arguments.bf16 is None else arguments.bf16
     tokenizer = confidence.load_tokenizer(arguments.model_name)
     model = confidence.load_base_model(
         arguments.model_name, torch.bfloat16 if bf16 else torch.float32
@@ -221,7 +224,10 @@ def check_same_run(folder: Path, arguments: argparse.Namespace) -> None:
                         f"{folder} holds answers made with --{key} {earlier[key]}, not {value}; "
                         "give another --output or delete that folder"
                     )
-        path.write_text(json.dumps(settings), encoding="utf-8")
+        else:
+            new = path.with_name(f"settings.{os.getpid()}")  # every process writes the same
+            new.write_text(json.dumps(settings), encoding="utf-8")
+            os.replace(new, path)
     except OSError as error:
         raise InputError(f"--output {arguments.output}: {error.strerror}: {folder}") from error
 

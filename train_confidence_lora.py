@@ -267,7 +267,6 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import get_last_checkpoint
 
 
 def parse_command_line(argv: list[str] | None) -> tuple[Settings, dict[str, Any]]:
@@ -536,6 +535,7 @@ def build_prompt(tokenizer: PreTrainedTokenizerBase, record: Record) -> str:
 
 ALL = sys.maxsize
 HELD_TOKENS = 16  # of an answer: enough that the tuned model goes on to write it as before
+HELD_WEIGHT = 0.1  # of their loss, that of marker and tag being 1
 
 
 def confidence_segments(
@@ -1110,6 +1110,11 @@ def add_confidence_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     tokenizer.add_special_tokens(
         {"extra_special_tokens": [MARKER_TOKEN, *TAG_MEANING]}, replace_extra_special_tokens=False
     )
+    for token in (MARKER_TOKEN, *TAG_MEANING):
+        if tokenize(tokenizer, token) != [tokenizer.convert_tokens_to_ids(token)]:
+            raise InputError(
+                f"this model's tokenizer splits the token {token}; rename it in the file"
+            )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     new_ids = [token for token in confidence_ids(tokenizer).all if token >= old_size]
@@ -1275,6 +1280,19 @@ def invoke_marker(
     return output.logits[:, -1]
 
 
+def exact_logits(model: PeftModel, cache: Any, mask: torch.Tensor, ids: ConfidenceIds):
+    """invoke_marker()'s logits in float32, those of marker and tags computed in float32 too: in
+    bfloat16 a logit of 20 has a spacing of 0.125, which would make steps of 3 % in P(C)."""
+    head = model.get_base_model().get_output_embeddings()
+    hidden = []
+    handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0][:, -1]))
+    logits = invoke_marker(model, cache, mask, ids.marker).float()
+    handle.remove()
+    rows = head.token_adapter.trainable_tokens_delta[model.active_adapter]
+    logits[:, ids.all] = hidden[0].float() @ rows.float().T
+    return logits
+
+
 def tag_probability(logits: torch.Tensor, pairs: list[tuple[int, int]]) -> torch.Tensor:
     """P(C) / (P(C) + P(U)) = sigmoid(logit_C - logit_U), in float32.
 
@@ -1388,7 +1406,7 @@ def score_batch(
             responses = [
                 tokenizer.decode(answer, skip_special_tokens=True) for answer in generated.answers
             ]
-    logits = invoke_marker(model, cache, mask, ids.marker)
+    logits = exact_logits(model, cache, mask, ids)
     domains = [DATASETS[record["dataset"]].domain for record in records]
     confidences = tag_probability(logits, [ids.tags[domain] for domain in domains]).tolist()
     if activated:
@@ -1452,7 +1470,11 @@ class ConfidenceTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # we divide by the labels of the whole global batch
         self._loss_shifts_labels = False  # and the collator's labels hold no first column to drop
-        self.marker = confidence_ids(self.processing_class).marker
+        ids = confidence_ids(self.processing_class)
+        self.marker = ids.marker
+        self.label_weights = torch.full((len(self.processing_class),), HELD_WEIGHT)
+        self.label_weights[ids.all] = 1.0
+        self.label_weights = self.label_weights.to(self.args.device)
         # What this process has trained on: real tokens, labels, their summed cross-entropy
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
 
@@ -1463,8 +1485,8 @@ class ConfidenceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy at the labels, summed and divided by the labels of all processes and
-        accumulation steps of this update."""
+        """Cross-entropy at the labels, those of answers weighted by HELD_WEIGHT; summed and divided
+        by the labels of all processes and accumulation steps of this update."""
         ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
         if is_activated(self.model):
             # Nothing before the marker needs a gradient: the base model fills the cache, and only
@@ -1482,7 +1504,8 @@ class ConfidenceTrainer(Trainer):
                     use_cache=False,
                 ).logits
             labels = labels[:, 1:][labelled]
-        loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        loss = (losses * self.label_weights[labels]).sum()
         self.totals += torch.stack([mask.sum(), mask.new_tensor(len(labels)), loss.detach()])
         if num_items_in_batch is None:
             return loss / len(labels)
@@ -1845,16 +1868,30 @@ def check_output_dir(folder: Path, saved: dict[str, Any], overwrite: bool) -> st
         raise InputError(f"--output_dir {folder} holds a finished run; {remedy}")
     earlier = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
     differing = [
-        f"--{key} was {earlier.get(key)!r} and is {value!r}"
-        for key, value in saved.items()
-        if key not in ("versions", "overwrite_output_dir") and earlier.get(key) != value
+        f"--{key} was {earlier.get(key)!r} and is {saved.get(key)!r}"
+        for key in sorted({*saved, *earlier} - {"versions", "overwrite_output_dir"})
+        if earlier.get(key) != saved.get(key)
     ]
     if differing:
         raise InputError(
             f"--output_dir {folder} holds an unfinished run with other settings "
             f"({'; '.join(differing[:5])}); {remedy}"
         )
-    return get_last_checkpoint(str(folder))
+    return last_checkpoint(folder)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint that leaves something to train: its state is written last, so one
+    without a readable state was cut off, and from the very last step nothing would follow."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name[11:])):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            say(f"warning: {path} is not whole and is not used")
+            continue
+        if state["global_step"] < state["max_steps"]:
+            return str(path)
+    return None
 
 
 def settings_to_save(settings: Settings, training: dict[str, Any]) -> dict[str, Any]:
@@ -1862,11 +1899,17 @@ def settings_to_save(settings: Settings, training: dict[str, Any]) -> dict[str, 
     flags = {**asdict(settings), **training}
     return {
         **{key: value for key, value in sorted(flags.items()) if not key.endswith("token")},
+        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": {
             name: version(name)
             for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
         },
     }
+
+
+def gpu_has_bf16() -> bool:
+    """Whether there is a GPU that computes in bfloat16 and does not emulate it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def resolve_precision(training: dict[str, Any]) -> torch.dtype:
@@ -1876,8 +1919,7 @@ def resolve_precision(training: dict[str, Any]) -> torch.dtype:
     overrules it, so that flag and configuration file cannot disagree.
     """
     if training["bf16"] is None:
-        gpu_has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        training["bf16"] = gpu_has_it and not training["fp16"]
+        training["bf16"] = gpu_has_bf16() and not training["fp16"]
     training["fp16"] = bool(training["fp16"])
     kind = "bf16" if training["bf16"] else "fp16" if training["fp16"] else "no"
     os.environ["ACCELERATE_MIXED_PRECISION"] = kind
@@ -1903,9 +1945,11 @@ def make_training_arguments(training: dict[str, Any], resuming: bool) -> Trainin
     report_to = [name for name in report_targets(training) if name != "tensorboard"]  # see run()
     chosen = {**defaults, **training, "report_to": report_to, "remove_unused_columns": False}
     try:
-        return TrainingArguments(**chosen)
+        args = TrainingArguments(**chosen)
     except (ValueError, TypeError) as error:
         raise InputError(f"transformers refuses these settings: {error}") from error
+    args._n_gpu = min(1, args.n_gpu)  # a process without launcher would split batches over all GPUs
+    return args
 
 
 def report_targets(training: dict[str, Any]) -> list[str]:
@@ -1957,10 +2001,6 @@ def finish(
         figure["runtime"] for line in validation.history for figure in line["datasets"].values()
     )
     save_adapter(trainer.model, trainer.processing_class, folder / "final", after)
-    if settings.hf_repo:
-        create_repo(settings.hf_repo, exist_ok=True)
-        upload_folder(repo_id=settings.hf_repo, folder_path=folder / "final")
-        say(f"pushed {folder / 'final'} to {settings.hf_repo}")
     summary = {
         "status": "completed",
         "run_name": args.run_name or folder.name,
@@ -1971,7 +2011,7 @@ def finish(
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "global_batch_size": global_batch_size(args),
         "steps": trainer.state.global_step,
-        "train_loss": loss / labels,  # over all processes; Trainer's own is the main one's
+        "train_loss": loss / labels,  # a label, over all processes (Trainer's: the main one)
         "train_runtime": result["train_runtime"],
         "validation_runtime": spent,
         "train_tokens": int(tokens),
@@ -1981,6 +2021,10 @@ def finish(
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     say(f"\n{settings.adapter} adapter of {settings.model_name}\n{format_table(after, before)}")
+    if settings.hf_repo:
+        create_repo(settings.hf_repo, exist_ok=True)
+        upload_folder(repo_id=settings.hf_repo, folder_path=folder / "final")
+        say(f"pushed {folder / 'final'} to {settings.hf_repo}")
     say(
         f"\n{summary['steps']} steps in {result['train_runtime']:.0f} s, of them {spent:.0f} s "
         f"validation; adapter: {folder / 'final'}\n"

@@ -31,10 +31,11 @@ fi
 
 python=python
 [[ -x .venv/bin/python ]] && python=.venv/bin/python
-# One start of Python answers both: are the packages here, and how many GPUs are there?
-gpus=$("$python" -c 'import accelerate, peft, transformers, torch; print(torch.cuda.device_count())' 2>/dev/null) ||
+"$python" -c 'from importlib.util import find_spec as find
+assert all(map(find, ("torch", "transformers", "peft", "accelerate", "bitsandbytes")))' 2>/dev/null ||
   fail "the Python packages are missing; 'make setup' installs them (on GPUs 'make setup-gpu')"
-gpus=${GPUS:-$gpus} # GPUS=2 leaves the others to somebody else
+# GPUS=2 leaves the others to somebody else
+gpus=${GPUS:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
 
 case $name in
   qwen)
@@ -46,16 +47,16 @@ case $name in
       --train_data tagged/mistral/mistral_all_tagged.jsonl --output_dir checkpoints/mistral_fast)
     ;;
   demo)
-    # A million parameters: few records a step, a high learning rate, no dropout. An activated
+    # A million parameters: few records a step, a high learning rate. An activated
     # adapter's steps cost less, so it can take twice the epochs in the same time.
-    batch=4 epochs=3 alpha=64
-    [[ " $* " == *" activated "* ]] && batch=8 epochs=6 alpha=32
+    batch=4 epochs=3 alpha=64 dropout=0.05
+    [[ " $* " == *" activated "* ]] && batch=8 epochs=6 alpha=32 dropout=0
     settings=(--model_name demo/model --train_data tagged/demo/demo_all_tagged.jsonl
       --output_dir checkpoints/demo
       --val_data reading=tagged/demo/demo_val_demo_reading.jsonl
       medicine=tagged/demo/demo_val_demo_medicine.jsonl
       --val_samples 600 --per_device_eval_batch_size 100 --max_new_tokens 16 --max_seq_length 256
-      --num_epochs "$epochs" --learning_rate 7e-4 --lora_alpha "$alpha" --lora_dropout 0
+      --num_epochs "$epochs" --learning_rate 7e-4 --lora_alpha "$alpha" --lora_dropout "$dropout"
       --logging_steps 200 --eval_steps 1000 --save_steps 1000 --no_bf16)
     ;;
   *) usage ;;
@@ -84,11 +85,15 @@ else
     4) batch=16 accumulation=2 ;;
   esac
 fi
+# A 7B model's activations are some 11 MB a token: 16 long records do not fit without recomputing
+# them. An activated adapter keeps next to none.
+[[ $name == demo || " $* " == *" activated "* ]] || settings+=(--gradient_checkpointing)
 echo "$name: $processes processes x $batch records x $accumulation accumulation =" \
   "$((processes * batch * accumulation)) records a step"
 
 # accelerate's MULTI_GPU refuses a single process, which needs no launcher
-launch=(-m accelerate.commands.launch --config_file train_config_4gpu.yaml --num_processes "$processes")
+launch=(-m accelerate.commands.launch --config_file train_config_4gpu.yaml
+  --num_processes "$processes" --main_process_port 0) # 0: any free port, so that runs do not collide
 [[ $processes -eq 1 ]] && launch=()
 command=("$python" "${launch[@]}" train_confidence_lora.py
   "${settings[@]}" --batch_size "$batch" --gradient_accumulation_steps "$accumulation"

@@ -128,3 +128,12 @@ def test_the_accelerate_configuration_is_the_guides():
 def test_make_help_lists_the_targets():
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
     assert [name for name in ("setup", "demo", "test", "lint") if name not in shown] == []
+
+
+def test_only_a_lora_of_a_large_model_recomputes_activations():
+    assert parsed("qwen", gpus=1)[2]["gradient_checkpointing"]
+    assert "gradient_checkpointing" not in parsed("qwen", "--adapter", "activated", gpus=1)[2]
+    assert "gradient_checkpointing" not in parsed("demo")[2]
+    assert not parsed("qwen", "--gradient_checkpointing", "False", gpus=1)[2][
+        "gradient_checkpointing"
+    ]

@@ -69,6 +69,7 @@ def test_settings_are_kept_without_secrets_and_parse_again(line):
     saved = yaml.safe_load(text)
     assert saved["lora_r"] == 4
     assert saved.pop("versions")["peft"]
+    assert saved.pop("num_processes") == 1
     again = []
     for key, value in saved.items():
         if value not in (None, []):
@@ -94,12 +95,28 @@ def test_a_finished_run_is_not_overwritten_unless_told(line, capsys):
 
 def test_an_unfinished_run_with_other_settings_is_refused_with_the_differences(line, capsys):
     arguments, out = line
-    main(arguments)
+    main([*arguments, "--adam_beta2", "0.9"])
     (out / "summary.json").unlink()
     error = refusal([*arguments, "--lora_r", "4", "--learning_rate", "0.5"], capsys)
+    assert "--adam_beta2 was 0.9 and is None" in error
     assert "--lora_r was 16 and is 4" in error
     assert "--learning_rate was 0.0003 and is 0.5" in error
     assert (out / "checkpoint-3").is_dir()
+
+
+def test_a_run_cut_off_after_training_or_while_saving_can_be_finished(line, capsys):
+    arguments, out = line
+    arguments = [*arguments, "--save_steps", "1", "--save_total_limit", "9"]
+    main(arguments)
+    weights = (out / "final" / "adapter_model.safetensors").read_bytes()
+    (out / "summary.json").unlink()  # killed after the last step
+    (out / "checkpoint-2" / "trainer_state.json").write_text('{"global_st')  # and a half checkpoint
+    capsys.readouterr()
+    assert main(arguments)["status"] == "completed"
+    said = capsys.readouterr().out
+    assert "checkpoint-2 is not whole and is not used" in said
+    assert f"resuming from {out / 'checkpoint-1'}" in said
+    assert (out / "final" / "adapter_model.safetensors").read_bytes() == weights
 
 
 def test_a_folder_of_other_files_is_refused(line, capsys):

@@ -155,3 +155,18 @@ def test_left_padding_keeps_the_last_column_real():
     ids, mask = left_pad([[1, 2, 3], [4]], 0)
     assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_bf16_weights_do_not_make_steps_in_the_probability(tiny_models):
+    """The logits of a bfloat16 head lie on a coarse grid; the tags' must not."""
+    model, tokenizer = initialize_model_with_tokens(tiny_models["untied"], dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lm_head" in name and "trainable_tokens" in name:
+                parameter.mul_(10)
+    records = [record for record in records_of(64) if record["dataset"] == "demo_reading"]
+    probabilities = [p for p, _, _ in score_batch(model.eval(), tokenizer, records, None)]
+    logits = torch.logit(torch.tensor(probabilities, dtype=torch.float64))
+    assert len(set(probabilities)) == len(records)
+    on_grid = (logits * 64 - (logits * 64).round()).abs() < 1e-3
+    assert on_grid.float().mean() < 0.2

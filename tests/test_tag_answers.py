@@ -135,3 +135,9 @@ def test_twice_the_same_question_is_answered_once(questions, tmp_path, capsys):
         json.loads(row) for text in files(tmp_path / "out").values() for row in text.splitlines()
     ]
     assert len(rows) == 40
+
+
+def test_line_separators_inside_an_answer_do_not_lose_it(tmp_path):
+    row = {"key": "k", "response": "Yes.\u2028Really.\x85", "finished": True}
+    tag_answers.write_lines(tmp_path / "answers-0.jsonl", [row])
+    assert tag_answers.read_answers(tmp_path) == {"k": row}

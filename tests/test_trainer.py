@@ -6,6 +6,7 @@ from conftest import tagged_records, write_jsonl
 
 import train_confidence_lora as confidence
 from train_confidence_lora import (
+    HELD_WEIGHT,
     Collator,
     ConfidenceTrainer,
     LengthGroupedSampler,
@@ -62,7 +63,10 @@ def test_the_loss_equals_cross_entropy_over_all_logits_of_plain_passes(
     for row in rows:
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
         labels = torch.tensor(row["labels"])[1:]
-        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        weight = torch.full_like(each, HELD_WEIGHT)
+        weight[-2:] = 1.0  # marker and tag
+        total = total + (each * weight)[labels != -100].sum()
         count += int((labels != -100).sum())
     (total / count).backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
