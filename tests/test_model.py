@@ -35,8 +35,7 @@ def train_steps(model, batch, steps=30, rate=1e-2):
     losses = []
     for _ in range(steps):
         logits = model(
-            input_ids=batch["input_ids"][:, :-1],
-            attention_mask=batch["attention_mask"][:, :-1],
+            input_ids=batch["input_ids"][:, :-1], attention_mask=batch["attention_mask"][:, :-1]
         ).logits
         labels = batch["labels"][:, 1:].flatten()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels)
