@@ -603,15 +603,14 @@ def fit_record(tokenizer: PreTrainedTokenizerBase, record: Record, max_tokens: i
         prompt = tokenize(tokenizer, build_prompt(tokenizer, candidate))
         return len(prompt) + len(tokenize(tokenizer, candidate.get("response", ""))) - max_tokens
 
+    ellipsis = len(tokenize(tokenizer, " … "))
     for part, least in (("context", 0), ("response", MIN_ANSWER_TOKENS)):
-        while (over := excess(record)) > 0 and record.get(part):
-            length = len(tokenize(tokenizer, record[part]))
-            if length <= least + len(tokenize(tokenizer, " … ")):
-                break
-            shorter = cut_middle(tokenizer, record[part], min(over, length - least))
-            if len(tokenize(tokenizer, shorter)) >= length:
-                break
-            record = {**record, part: shorter}
+        text, dropped = record.get(part) or "", 0
+        length = len(tokenize(tokenizer, text))
+        # Text tokenised anew may take more tokens than were kept of it: drop more until it fits
+        while (over := excess(record)) > 0 and length - dropped > least + ellipsis:
+            dropped = min(dropped + over, length - least)
+            record = {**record, part: cut_middle(tokenizer, text, dropped)}
     if over > 0:
         raise ValueError(
             f"too long by {over} tokens even with passage and answer shortened to the least"

@@ -1,3 +1,5 @@
+import random
+
 import pytest
 from conftest import DEMO_MODEL
 from transformers import AutoTokenizer
@@ -100,6 +102,18 @@ def test_a_long_record_loses_its_middle_and_never_its_tag(with_tags, part):
     assert record[part].endswith("last")
     assert " … " in record[part]
     assert record["question"] == READING["question"]
+
+
+def test_any_long_text_can_be_shortened_to_any_length(with_tags):
+    """Characters cut in two and stray white space take other tokens than before the cut."""
+    draw = random.Random(0)
+    pieces = ["plums", " ", "\n\n", "东京", "🙂", "é", "Yes. ", "…", "\t", "\x07"]
+    for _ in range(200):
+        text = "".join(draw.choices(pieces, k=300))
+        budget = draw.randint(110, 300)
+        record = fit_record(with_tags, {**READING, "response": text, "context": text}, budget)
+        row = encode_segments(with_tags, confidence_segments(with_tags, record, "lora"))
+        assert len(row["input_ids"]) <= budget + 2
 
 
 def test_the_passage_is_shortened_before_the_answer(with_tags):
