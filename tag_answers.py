@@ -107,23 +107,21 @@ def answer_questions(arguments: argparse.Namespace, records: list[Record], folde
     fitting = confidence.fit_records(
         tokenizer, waiting, arguments.max_seq_length, f"--questions {arguments.questions}"
     )
-    lengths = [len(confidence.build_prompt(tokenizer, record)) for record in fitting]
-    batches = confidence.plan_batches(lengths, arguments.batch_size)
+    prompts = [confidence.build_prompt(tokenizer, record) for record in fitting]
+    batches = confidence.plan_batches([len(prompt) for prompt in prompts], arguments.batch_size)
     batches = batches[state.process_index :: state.num_processes]
     start = time.perf_counter()
     with open(folder / f"answers-{state.process_index}.jsonl", "a", encoding="utf-8") as file:
         if file.tell():
             file.write("\n")  # a kill may have left half a line
         for number, batch in enumerate(batches, 1):
-            chosen = [fitting[i] for i in batch]
-            prompts = [confidence.build_prompt(tokenizer, record) for record in chosen]
             with torch.inference_mode():
                 generated = confidence.generate_answers(
-                    model, tokenizer, prompts, arguments.max_new_tokens
+                    model, tokenizer, [prompts[i] for i in batch], arguments.max_new_tokens
                 )
-            for record, ids, finished in zip(chosen, generated.answers, generated.finished):
+            for i, ids, finished in zip(batch, generated.answers, generated.finished):
                 response = tokenizer.decode(ids, skip_special_tokens=True).strip()
-                row = {"key": question_key(record), "response": response, "finished": finished}
+                row = {"key": question_key(fitting[i]), "response": response, "finished": finished}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             left = (time.perf_counter() - start) / number * (len(batches) - number)
