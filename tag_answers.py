@@ -184,8 +184,15 @@ def run(arguments: argparse.Namespace) -> None:
 
     state = PartialState()
     state.wait_for_everyone()
-    if not state.is_main_process:
-        return
+    if state.is_main_process:
+        write_tagged(arguments, records, output, stem, folder)
+    confidence.leave_together()
+
+
+def write_tagged(
+    arguments: argparse.Namespace, records: list[Record], output: Path, stem: str, folder: Path
+) -> None:
+    """Judges all answers, splits them, writes the training file and the validation files."""
     tagged, counts = tag(records, read_answers(folder))
     train, validation = [], {}
     for record in tagged:

@@ -2112,7 +2112,17 @@ def run(argv: list[str] | None) -> dict[str, Any]:
     # By --eval_strategy the last step may not be validated, or the best model may have come back
     if validation.last_step != trainer.state.global_step or args.load_best_model_at_end:
         trainer.evaluate()
-    return finish(trainer, validation, settings, result.metrics)
+    summary = finish(trainer, validation, settings, result.metrics)
+    leave_together()
+    return summary
+
+
+def leave_together() -> None:
+    """Ends a distributed run on all processes at once: one that exits while the process group is
+    still up can be aborted by its threads (SIGABRT, seen with gloo), and torchrun kills the rest."""
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
