@@ -2119,7 +2119,7 @@ def run(argv: list[str] | None) -> dict[str, Any]:
 
 def leave_together() -> None:
     """Ends a distributed run on all processes at once: one that exits while the process group is
-    still up can be aborted by its threads (SIGABRT, seen with gloo), and torchrun kills the rest."""
+    still up can be aborted by its threads (SIGABRT, seen with gloo); torchrun kills the rest."""
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()
