@@ -20,8 +20,10 @@ Method: Self-REF, Chuang et al., https://arxiv.org/abs/2410.13284
 from __future__ import annotations
 
 import argparse
+import ctypes
 import difflib
 import gzip
+import hashlib
 import json
 import logging
 import math
@@ -38,6 +40,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -50,13 +53,20 @@ TRAIN_DATA = "tagged/qwen/qwen_all_tagged.jsonl"  # --train_data
 OUTPUT_DIR = "checkpoints/qwen_fast"  # --output_dir
 VAL_SAMPLES = 200  # --val_samples: 500 measures finer and slower, 100 coarser and quicker
 MAX_SEQ_LENGTH = 2048  # --max_seq_length, tokens
-LORA_R, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.05  # --lora_r, --lora_alpha, --lora_dropout
+GLOBAL_BATCH = 128  # records in an update, on however many GPUs: --global_batch_size
+LORA_R, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.0  # --lora_r, --lora_alpha, --lora_dropout
 
 TRAINING_FLAGS: dict[str, tuple[Any, str]] = {  # the most used of TrainingArguments: default, help
     "output_dir": (OUTPUT_DIR, "where the run goes"),
     "num_train_epochs": (2.0, "passes over the data"),
-    "per_device_train_batch_size": (16, "records at a time on each process"),
-    "gradient_accumulation_steps": (2, "batches added up before an update"),  # 16 x 2 x 4 = 128
+    "per_device_train_batch_size": (
+        16,
+        "records at a time on each process; auto: as many as fit into memory, measured",
+    ),
+    "gradient_accumulation_steps": (
+        "auto",
+        "batches added up before an update; auto: what --global_batch_size asks for",
+    ),
     "learning_rate": (3e-4, "peak learning rate"),
     "lr_scheduler_type": ("cosine", "how it falls"),
     "warmup_steps": (0.03, "steps over which it rises; below 1: a share of the run"),
@@ -65,7 +75,10 @@ TRAINING_FLAGS: dict[str, tuple[Any, str]] = {  # the most used of TrainingArgum
     "save_steps": (500.0, "save a checkpoint every so many updates, likewise"),
     "save_total_limit": (2, "checkpoints to keep"),
     "logging_steps": (10.0, "log every so many updates"),
-    "per_device_eval_batch_size": (32, "answers at a time in validation, on each process"),
+    "per_device_eval_batch_size": (
+        256,
+        "answers at a time in validation, on each process; halved where memory does not suffice",
+    ),
     "dataloader_num_workers": (0, "processes that load batches; records are tokenised already"),
     "seed": (42, "of every random choice"),
     "bf16": (None, "bfloat16; default: on a GPU that has it"),
@@ -121,7 +134,8 @@ class InputError(Exception):
 def say(text: str) -> None:
     """Prints on the main process alone."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(text, flush=True)
+        tqdm.write(text)  # above a progress bar, if there is one
+        sys.stdout.flush()
 
 
 def listing(lines: list[str]) -> str:
@@ -174,7 +188,13 @@ class Settings:
     )
     lora_r: int = setting(LORA_R, "rank of the adapter's matrices")
     lora_alpha: float = setting(LORA_ALPHA, "the adapter is scaled by alpha / r")
-    lora_dropout: float = setting(LORA_DROPOUT, "dropout before the adapter")
+    lora_dropout: float = setting(
+        LORA_DROPOUT, "dropout before the adapter; costs a third of the speed, and memory"
+    )
+    global_batch_size: int | None = setting(
+        None,
+        "records in an update: at a time x accumulation x processes (about 128 if not given)",
+    )
     load_in_8bit: bool = setting(False, "8-bit base weights (bitsandbytes): less memory, slower")
     load_in_4bit: bool = setting(False, "4-bit NF4 base weights (bitsandbytes)")
     attn_implementation: str = setting(
@@ -186,6 +206,9 @@ class Settings:
     calib_p_norm: str = setting(
         "2", "calibration error: norm over the bins", choices=["1", "2", "infty"]
     )
+    profile: bool = setting(
+        False, "record updates 3 to 5 in detail into logs/, for TensorBoard or ui.perfetto.dev"
+    )
     skip_bad_records: bool = setting(False, "leave bad lines out and say how many")
     overwrite_output_dir: bool = setting(False, "delete the run that --output_dir holds")
     hf_repo: str | None = setting(None, "push final/ to this repository of the Hugging Face Hub")
@@ -195,6 +218,12 @@ def parse_bool(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
     return text.lower() in ("true", "1", "yes")
+
+
+def number_or_auto(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}")
+    return text if text == "auto" else int(text)
 
 
 BOOLEAN: dict[str, Any] = {"nargs": "?", "const": True, "type": parse_bool, "metavar": "BOOL"}
@@ -232,6 +261,8 @@ def build_parser() -> argparse.ArgumentParser:
         options = {"dest": name, "default": default, "help": help, "type": type(default)}
         if default is None:
             options.update(BOOLEAN)
+        if "auto" in help:
+            options.update(type=number_or_auto, metavar="N|auto")
         theirs.add_argument(*names, **options)
     theirs.add_argument("--no_bf16", dest="bf16", action="store_const", const=False, help="float32")
     return parser
@@ -241,7 +272,9 @@ if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
     build_parser().parse_args()  # answers here, before the imports below take their seconds
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels nobody asked for
+import datasets
 import numpy as np
+import psutil
 import torch
 import yaml
 from accelerate import PartialState
@@ -249,8 +282,13 @@ from accelerate.utils import gather_object
 from huggingface_hub import create_repo, upload_folder
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
+from peft.tuners.lora.variants import ALoraLinearVariant
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -264,6 +302,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.activations import SiLUActivation
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -310,9 +349,10 @@ def check_settings(settings: Settings, training: dict[str, Any]) -> None:
         )
     for name in (
         "val_samples lora_r calib_beta max_new_tokens num_train_epochs learning_rate "
-        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+        "global_batch_size"
     ).split():
-        if not values[name] > 0:
+        if values[name] not in ("auto", None) and not values[name] > 0:
             raise InputError(f"--{name} is {values[name]}: give a number above 0")
     if settings.max_seq_length < 64:
         raise InputError(f"--max_seq_length is {settings.max_seq_length}: give at least 64 tokens")
@@ -456,8 +496,6 @@ def read_hub_dataset(name: str, location: str) -> list[Record]:
     Columns are taken under our names, or under those of BoolQ (passage), MedQA (answer_idx) and
     MMLU (choices).
     """
-    import datasets
-
     if name not in DATASETS:
         raise InputError(f"--val_data {name}=…: name it as one of {', '.join(DATASETS)}")
     path, *configuration, split = location.split(":")
@@ -562,23 +600,29 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_segments(
-    tokenizer: PreTrainedTokenizerBase, segments: list[tuple[str, int]]
-) -> dict[str, list[int]]:
-    """`input_ids`, and `labels` that repeat them where the loss is and hold -100 elsewhere.
+    tokenizer: PreTrainedTokenizerBase, records: list[list[tuple[str, int]]]
+) -> list[dict[str, list[int]]]:
+    """For each record's segments `input_ids`, and `labels`: the same ids where the loss is, else
+    -100.
 
     Where a segment has more tokens than may carry loss, these are spread evenly from its first on.
     Each segment is tokenised alone, so that training sees an answer cut from its prompt exactly
-    where generation does.
+    where generation does; all in one call, which uses every core.
     """
-    encoding: dict[str, list[int]] = {"input_ids": [], "labels": []}
-    for text, most in segments:
-        ids = tokenize(tokenizer, text)
-        labelled = (
-            {i * len(ids) // most for i in range(most)} if len(ids) > most else range(len(ids))
-        )
-        encoding["input_ids"] += ids
-        encoding["labels"] += [token if i in labelled else -100 for i, token in enumerate(ids)]
-    return encoding
+    texts = [text for segments in records for text, _ in segments]
+    tokenized = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    encodings = []
+    for segments in records:
+        input_ids, labels = [], []
+        for (_, most), ids in zip(segments, tokenized):
+            if len(ids) > most:
+                own = [-100] * len(ids)
+                for i in range(most):
+                    own[i * len(ids) // most] = ids[i * len(ids) // most]
+            input_ids += ids
+            labels += own if len(ids) > most else ids
+        encodings.append({"input_ids": input_ids, "labels": labels})
+    return encodings
 
 
 def cut_middle(tokenizer: PreTrainedTokenizerBase, text: str, tokens_to_drop: int) -> str:
@@ -626,36 +670,96 @@ def fit_records(
     Raises:
         InputError: if none is left.
     """
-    fitting, skipped = [], []
+    fitting, reasons = [], []
     for record in records:
         try:
             fitting.append(fit_record(tokenizer, record, max_tokens))
         except ValueError as error:
-            skipped.append(f"line {record.get('line')}: {error}")
-    if skipped and not fitting:
-        raise InputError(f"no record of {what} fits --max_seq_length; raise it\n{listing(skipped)}")
-    if skipped:
-        say(f"warning: skipped {len(skipped)} of {len(records)} of {what}\n{listing(skipped)}")
+            reasons.append(f"line {record.get('line')}: {error}")
+    report_skipped(reasons, len(records), what)
     return fitting
 
 
-def left_pad(rows: list[list[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of token ids as one (batch, longest) tensor padded on the left, and its mask."""
-    width = max(map(len, rows))
-    padded = torch.tensor([[value] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return padded, mask
+def report_skipped(reasons: list[str], count: int, what: str) -> None:
+    if reasons and len(reasons) == count:
+        raise InputError(f"no record of {what} fits --max_seq_length; raise it\n{listing(reasons)}")
+    if reasons:
+        say(f"warning: skipped {len(reasons)} of {count} of {what}\n{listing(reasons)}")
+
+
+def encode_records(
+    tokenizer: PreTrainedTokenizerBase, records: list[Record], adapter: str, max_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """The encoding of each record, shortened to `max_tokens`, with its number of tokens as `length`
+    and, if it cannot be shortened so far, the reason as `skipped`."""
+
+    def encode(part: list[Record]) -> list[dict[str, list[int]]]:
+        segments = [confidence_segments(tokenizer, record, adapter) for record in part]
+        return encode_segments(tokenizer, segments)
+
+    for start in range(0, len(records), 1000):
+        part = records[start : start + 1000]
+        for record, encoding in zip(part, encode(part), strict=True):
+            skipped = ""
+            if len(encoding["input_ids"]) > max_tokens:
+                try:
+                    [encoding] = encode([fit_record(tokenizer, record, max_tokens - 2)])
+                except ValueError as error:
+                    skipped = f"line {record.get('line')}: {error}"
+            yield {**encoding, "length": len(encoding["input_ids"]), "skipped": skipped}
+
+
+def encode_dataset(
+    tokenizer: PreTrainedTokenizerBase, records: list[Record], settings: Settings
+) -> datasets.Dataset:
+    """encode_records() as a dataset of `input_ids`, `labels` and `length` on disk.
+
+    One process of a machine encodes; the others, and later runs on the same content, read what it
+    wrote to the datasets library's cache. What decides the encodings is the key: records,
+    tokenizer, settings, and this file.
+    """
+    options = {"adapter": settings.adapter, "max_tokens": settings.max_seq_length}
+    key = hashlib.sha256(Path(__file__).read_bytes())
+    key.update(tokenizer.backend_tokenizer.to_str().encode())
+    key.update(json.dumps([tokenizer.chat_template, options, records]).encode())
+    try:
+        with PartialState().local_main_process_first():
+            encodings = datasets.Dataset.from_generator(
+                lambda: encode_records(tokenizer, records, **options), fingerprint=key.hexdigest()
+            )
+    except OSError as error:
+        raise InputError(f"cannot write the cache of encodings: {error}; set HF_HOME") from error
+    reasons = [reason for reason in encodings["skipped"] if reason]
+    report_skipped(reasons, len(records), f"--train_data {settings.train_data}")
+    if reasons:
+        encodings = encodings.filter(lambda skipped: not skipped, input_columns="skipped")
+    return encodings.remove_columns("skipped")
+
+
+def pad(rows: list[list[int]], value: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of token ids as one (batch, longest) tensor, and the mask of what is no padding.
+
+    On the right, where nothing can attend to it, padding needs no attention mask, and attention
+    without a mask is faster; generation, which goes on at the right, must have it on the left.
+    """
+    sequences = [torch.tensor(row) for row in rows]
+    lengths = torch.tensor([len(row) for row in rows])
+    side = "left" if left else "right"
+    padded = pad_sequence(sequences, batch_first=True, padding_value=value, padding_side=side)
+    columns = torch.arange(padded.shape[1])
+    mask = (columns.flip(0) if left else columns) < lengths[:, None]
+    return padded, mask.long()
 
 
 @dataclass
 class Collator:
-    """Batches encodings, padded on the left so that every tag is in the last column."""
+    """Batches encodings, padded on the right."""
 
     pad_token_id: int
 
     def __call__(self, encodings: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        ids, mask = left_pad([row["input_ids"] for row in encodings], self.pad_token_id)
-        labels, _ = left_pad([row["labels"] for row in encodings], -100)
+        ids, mask = pad([row["input_ids"] for row in encodings], self.pad_token_id)
+        labels, _ = pad([row["labels"] for row in encodings], -100)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -1099,12 +1203,8 @@ def confidence_ids(tokenizer: PreTrainedTokenizerBase) -> ConfidenceIds:
     return ConfidenceIds(to_id(MARKER_TOKEN), tags)
 
 
-def add_confidence_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds marker and tags to tokenizer and model, whose embedding grows only if it must.
-
-    New rows start at the mean of the existing ones, each moved by a tenth of their spread in a
-    direction of its own, so that confident and unsure differ from the start.
-    """
+def add_confidence_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Adds marker and tags; returns the ids of those that are new to the tokenizer."""
     old_size = len(tokenizer)
     tokenizer.add_special_tokens(
         {"extra_special_tokens": [MARKER_TOKEN, *TAG_MEANING]}, replace_extra_special_tokens=False
@@ -1114,14 +1214,24 @@ def add_confidence_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
             raise InputError(
                 f"this model's tokenizer splits the token {token}; rename it in the file"
             )
+    return [token for token in confidence_ids(tokenizer).all if token >= old_size]
+
+
+def add_confidence_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_ids: list[int]
+) -> None:
+    """Gives the new tokens their rows; the model's embedding grows only if it must.
+
+    They start at the mean of the existing rows, each moved by a tenth of their spread in a
+    direction of its own, so that confident and unsure differ from the start.
+    """
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    new_ids = [token for token in confidence_ids(tokenizer).all if token >= old_size]
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = {part.weight.data_ptr(): part.weight for part in embeddings}  # one if they are tied
     with torch.no_grad():
         for weight in weights.values():
-            existing = weight[:old_size].float()
+            existing = weight[: len(tokenizer) - len(new_ids)].float()
             mean, spread = existing.mean(dim=0), existing.std(dim=0)
             for token in new_ids:
                 seed = zlib.crc32(tokenizer.convert_ids_to_tokens(token).encode())
@@ -1157,7 +1267,7 @@ def initialize_model_with_tokens(
     """
     tokenizer = load_tokenizer(model_name)
     model = load_base_model(model_name, **loading)
-    add_confidence_tokens(model, tokenizer)
+    add_confidence_rows(model, tokenizer, add_confidence_tokens(tokenizer))
     ids = confidence_ids(tokenizer)
 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -1176,7 +1286,96 @@ def initialize_model_with_tokens(
         trainable_token_indices=dict.fromkeys(names, ids.all),
         alora_invocation_tokens=[ids.marker] if adapter == "activated" else None,
     )
-    return get_peft_model(model, config), tokenizer
+    model = get_peft_model(model, config)
+    use_lean_layers(model)
+    return model, tokenizer
+
+
+class TokenRows(TrainableTokensLayer):
+    """PEFT's trainable token rows without its copy of the whole matrix in every pass, nor the
+    gradient of a whole matrix in every backward: a gigabyte each for a vocabulary of 152,000."""
+
+    def forward_adapters(
+        self, x: torch.Tensor, active_adapters: list[str], *args: Any, **kwargs: Any
+    ):
+        if self.disable_adapters or not active_adapters or self.merged:
+            return super().forward_adapters(x, active_adapters, *args, **kwargs)
+        (adapter,) = active_adapters
+        result = self.base_layer(x)
+        ids = torch.tensor(self.token_indices[adapter], device=x.device)
+        rows = self.trainable_tokens_delta[adapter].to(result.dtype)
+        if x.is_floating_point():  # the head: hidden states in, logits out
+            return result.index_copy(-1, ids, torch.nn.functional.linear(x, rows).to(result.dtype))
+        same = x[..., None] == ids
+        scale = self._get_embed_scale()  # Gemma's embedding is multiplied by a constant
+        own = torch.nn.functional.embedding(
+            same.int().argmax(-1), rows * (1 if scale is None else scale)
+        )
+        return torch.where(same.any(-1, keepdim=True), own, result)
+
+
+class LeanLora(lora.Linear):
+    """PEFT's LoRA around a plain linear layer, in fewer passes over memory: the scale is applied to
+    r numbers a token and not to the layer's output, the product is added in place, the input is
+    used as it is where PEFT makes a float32 copy of it (kept for every layer's backward), and an
+    activated adapter picks no positions where it acts on all."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if len(names) != 1 or self.disable_adapters or self.merged or not self.is_plain(x, kwargs):
+            return super().forward(x, *args, **kwargs)
+        rows = x.flatten(0, -2)  # not a view of the result, which autograd would copy for add_
+        result = self.base_layer(rows)
+        a, b = (part[names[0]].weight.to(result.dtype) for part in (self.lora_A, self.lora_B))
+        inner = torch.nn.functional.linear(rows.to(a.dtype), a) * self.scaling[names[0]]
+        return result.addmm_(inner, b.t()).unflatten(0, x.shape[:-1])
+
+    def is_plain(self, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether there is no dropout, and nothing but the activation of an aLoRA, which must cover
+        all of `x`."""
+        (name,) = self.lora_A
+        variant, offsets = self.lora_variant.get(name), kwargs.get("alora_offsets")
+        if variant is None:
+            everywhere = not kwargs
+        else:
+            everywhere = isinstance(variant, ALoraLinearVariant) and offsets is not None
+            everywhere = everywhere and all(o is not None and o >= x.shape[1] for o in offsets)
+        dropout = self.lora_dropout[name]
+        return everywhere and not (self.training and not isinstance(dropout, torch.nn.Identity))
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) · up, keeping two tensors for the backward where autograd keeps three."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        by_up = torch.nn.functional.silu(gate).mul_(grad)
+        by_gate = grad * up
+        return torch.ops.aten.silu_backward.grad_input(by_gate, gate, grad_input=by_gate), by_up
+
+
+def lean_mlp(mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The forward of Llama's, Mistral's and Qwen's MLP."""
+    return mlp.down_proj(SwiGLU.apply(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+def use_lean_layers(model: PeftModel) -> None:
+    """Replaces PEFT's forward passes by ours, which compute the same; nothing saved changes."""
+    for module in model.modules():
+        if type(module) is TrainableTokensLayer:
+            module.__class__ = TokenRows
+        if type(module) is lora.Linear and type(module.base_layer) is torch.nn.Linear:
+            module.__class__ = LeanLora
+        if isinstance(getattr(module, "act_fn", None), torch.nn.SiLU | SiLUActivation) and all(
+            hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")
+        ):
+            module.forward = partial(lean_mlp, module)
 
 
 def is_activated(model: PeftModel) -> bool:
@@ -1226,7 +1425,7 @@ Load it with this folder's tokenizer. If that is longer than the base model's em
 
 # ------------------------------------------------------------------------------------------------
 # Generation and scoring. P(C) is read from the cache that the answer left behind: one more token,
-# the marker, and the logits after it. Batches are padded on the left.
+# the marker, and the logits after it.
 
 
 def base_model_only(model: torch.nn.Module) -> AbstractContextManager:
@@ -1240,21 +1439,22 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
 
 
 def prefill(
-    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None
+    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None
 ) -> Any:
-    """Runs `ids`, the last columns of the (batch, length) `mask`, through the decoder alone.
+    """Runs sequences padded on the right through the decoder alone: no logits are computed.
+
+    Args:
+        ids: (batch, length); with `cache` the columns that follow it.
+        mask: (batch, length with cache), needed where padding stands before `ids`' end.
 
     Returns:
-        The key-value cache of all columns so far; no logits are computed.
+        The key-value cache of all columns so far.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    places = {} if mask is None else {"position_ids": positions(mask)[:, -ids.shape[1] :]}
     return (
         base.get_decoder()(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions(mask)[:, -ids.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **places
         )
     ).past_key_values
 
@@ -1330,7 +1530,7 @@ def generate_answers(
     end of its turn, and the ids of `confidence`, if given, are kept out of the answer.
     """
     rows = [tokenize(tokenizer, prompt) for prompt in prompts]
-    ids, mask = (part.to(model.device) for part in left_pad(rows, tokenizer.pad_token_id))
+    ids, mask = (part.to(model.device) for part in pad(rows, tokenizer.pad_token_id, left=True))
     tag_ids = set(confidence.meaning) if confidence and write_tags else set()
     end = model.generation_config.eos_token_id
     ends = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None}
@@ -1393,8 +1593,8 @@ def score_batch(
                 tokenize(tokenizer, prompt) + tokenize(tokenizer, record["response"])
                 for prompt, record in zip(prompts, records)
             ]
-            padded, mask = (part.to(model.device) for part in left_pad(rows, 0))
-            cache = prefill(model, padded, mask)
+            padded, mask = (part.to(model.device) for part in pad(rows, 0))
+            cache = prefill(model, padded)
             responses = [record["response"] for record in records]
         else:
             generated = generate_answers(
@@ -1461,6 +1661,162 @@ def logits_only_at(model: PeftModel, wanted: torch.Tensor) -> Iterator[None]:
         handle.remove()
 
 
+GPU_PEAK_FLOPS = {  # dense bfloat16, from NVIDIA's data sheets, by a part of the device's name
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A6000": 155e12,
+    "A10": 125e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
+
+
+def gpu_peak_flops() -> float | None:
+    """FLOP/s that this process's GPU can do at most; None if it is none we know."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak for part, peak in GPU_PEAK_FLOPS.items() if part in name), None)
+
+
+def flops_per_token(model: PeftModel, recompute: bool) -> float:
+    """2·N for a forward pass through N frozen weights, as much again for the gradient by their
+    inputs (the weights themselves have none), and as much once more where the forward is repeated.
+
+    So an ordinary LoRA takes 4·N, with gradient checkpointing 6·N, and an activated one 2·N. N is
+    without embedding and head, whose work does not grow with the tokens; attention is left out.
+    """
+    base = model.get_base_model()
+    ends = [
+        getattr(part, "original_module", part).weight
+        for part in (base.get_input_embeddings(), base.get_output_embeddings())
+    ]
+    trained, parameters = model.get_nb_trainable_parameters()
+    count = parameters - trained - sum({w.data_ptr(): w.numel() for w in ends}.values())
+    return count * (2 if is_activated(model) else 6 if recompute else 4)
+
+
+def peak_memory(reset: bool = False) -> int:
+    """The most bytes this process has held since the last reset: allocations on its GPU, or without
+    one its resident memory (Linux; elsewhere what is resident now)."""
+    if torch.cuda.is_available():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if not sys.platform.startswith("linux"):
+        return psutil.Process().memory_info().rss
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory of freed tensors on a CPU. By default it returns large blocks to
+    the system, which zeroes every page anew at the next allocation: a sixth of a step's time."""
+    if not torch.cuda.is_available() and sys.platform.startswith("linux"):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt:
+            mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def memory_limit() -> int:
+    """Bytes that this process may hold: nine tenths of what it holds and what is free, shared with
+    the other processes of this machine where there is no GPU."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return int(0.9 * (free + torch.cuda.memory_reserved()))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = psutil.virtual_memory().available // processes
+    return int(0.9 * (free + psutil.Process().memory_info().rss))
+
+
+def label_loss(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], ids: ConfidenceIds
+) -> tuple[torch.Tensor, int]:
+    """Cross-entropy summed over the labels of a batch, those of answers weighted by HELD_WEIGHT.
+
+    Args:
+        model: a PeftModel or what wraps one (DistributedDataParallel).
+        batch: what Collator gives.
+
+    Returns:
+        The sum, and the number of labels.
+    """
+    peft_model = getattr(model, "module", model)
+    tokens, labels = batch["input_ids"], batch["labels"]
+    if is_activated(peft_model):
+        # Nothing before the marker needs a gradient: the base model fills the cache, and only the
+        # marker's column runs with the adapter. Marker and tag are the last two tokens of a row.
+        lengths = batch["attention_mask"].sum(dim=1, keepdim=True)
+        mask = batch["attention_mask"].scatter(1, torch.cat([lengths - 2, lengths - 1], 1), 0)
+        with torch.no_grad(), peft_model.disable_adapter():
+            cache = prefill(peft_model, tokens[:, :-2])
+        logits = invoke_marker(model, cache, mask[:, :-2], ids.marker)
+        labels = labels.gather(1, lengths - 1)[:, 0]
+    else:
+        labelled = labels[:, 1:] != -100  # by the position that predicts the label
+        with logits_only_at(peft_model, labelled):
+            logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        labels = labels[:, 1:][labelled]
+    losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    special = torch.isin(labels, torch.tensor(ids.all, device=labels.device))
+    return (losses * torch.where(special, 1.0, HELD_WEIGHT)).sum(), len(labels)
+
+
+ENOUGH_TOKENS = 16_384  # in a pass: more at once are no faster
+
+
+def largest_batch(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encodings: datasets.Dataset,
+    most: int,
+    autocast: AbstractContextManager,
+) -> int:
+    """Records that can be trained on at a time: a divisor of `most`, measured on the longest ones.
+
+    The memory that one and two records take gives an estimate, which is then tried.
+
+    Returns:
+        The batch size; 0 if not even one record fits.
+    """
+    lengths = list(encodings["length"])
+    longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:most]
+    collator, ids = Collator(tokenizer.pad_token_id), confidence_ids(tokenizer)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    limit = memory_limit() - 12 * trained  # Adam's two moments, and the buckets that DDP sums in
+
+    def peak(count: int) -> float:
+        batch = collator([encodings[i] for i in longest[:count]])
+        batch = {name: part.to(model.device) for name, part in batch.items()}
+        peak_memory(reset=True)
+        try:
+            with torch.random.fork_rng(), autocast:
+                loss, labels = label_loss(model, batch, ids)
+            (loss / labels).backward()
+        except torch.OutOfMemoryError:
+            return math.inf
+        finally:
+            model.zero_grad(set_to_none=True)
+        return peak_memory()
+
+    model.train()
+    one = peak(1)
+    if one > limit:
+        return 0
+    a_record = max(1, peak(min(2, len(longest))) - one)
+    room = min(1 + (limit - one) / a_record, max(1, ENOUGH_TOKENS / lengths[longest[0]]))
+    for size in range(int(min(room, len(longest))), 1, -1):
+        if most % size == 0 and (taken := peak(size)) <= limit:
+            say(f"the {size} longest records take {taken / 1e9:.1f} of {limit / 1e9:.1f} GB")
+            return size
+    return 1
+
+
 class ConfidenceTrainer(Trainer):
     """Trainer whose loss, and whose logits, are only where a label is, and which validates through
     its callbacks instead of a loss on a second dataset."""
@@ -1469,13 +1825,11 @@ class ConfidenceTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # we divide by the labels of the whole global batch
         self._loss_shifts_labels = False  # and the collator's labels hold no first column to drop
-        ids = confidence_ids(self.processing_class)
-        self.marker = ids.marker
-        self.label_weights = torch.full((len(self.processing_class),), HELD_WEIGHT)
-        self.label_weights[ids.all] = 1.0
-        self.label_weights = self.label_weights.to(self.args.device)
+        self.confidence_ids = confidence_ids(self.processing_class)
         # What this process has trained on: real tokens, labels, their summed cross-entropy
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        self.timed = (time.perf_counter(), 0.0)  # when, and of how many tokens, log() last told
+        self.flops_per_token = flops_per_token(self.model, self.args.gradient_checkpointing)
 
     def compute_loss(
         self,
@@ -1484,45 +1838,46 @@ class ConfidenceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy at the labels, those of answers weighted by HELD_WEIGHT; summed and divided
-        by the labels of all processes and accumulation steps of this update."""
-        ids, mask, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
-        if is_activated(self.model):
-            # Nothing before the marker needs a gradient: the base model fills the cache, and only
-            # the marker's column runs with the adapter. Marker and tag are the last two columns.
-            with torch.no_grad(), self.model.disable_adapter():
-                cache = prefill(self.model, ids[:, :-2], mask[:, :-2])
-            logits, labels = invoke_marker(model, cache, mask[:, :-2], self.marker), labels[:, -1]
-        else:
-            labelled = labels[:, 1:] != -100  # by the position that predicts the label
-            with logits_only_at(self.model, labelled):
-                logits = model(
-                    input_ids=ids[:, :-1],
-                    attention_mask=mask[:, :-1],
-                    position_ids=positions(mask[:, :-1]),
-                    use_cache=False,
-                ).logits
-            labels = labels[:, 1:][labelled]
-        losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-        loss = (losses * self.label_weights[labels]).sum()
-        self.totals += torch.stack([mask.sum(), mask.new_tensor(len(labels)), loss.detach()])
+        """label_loss() divided by the labels of all processes and accumulation steps."""
+        loss, count = label_loss(model, inputs, self.confidence_ids)
+        tokens = inputs["attention_mask"].sum()
+        self.totals += torch.stack([tokens, tokens.new_tensor(count), loss.detach()])
         if num_items_in_batch is None:
-            return loss / len(labels)
+            return loss / count
         # DDP averages the gradients of the processes; this makes it a sum over them
         return loss / num_items_in_batch * self.accelerator.num_processes
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        lengths = [len(row["input_ids"]) for row in train_dataset or self.train_dataset]
-        return LengthGroupedSampler(lengths, global_batch_size(self.args), self.args.seed)
+        lengths = (train_dataset or self.train_dataset)["length"]
+        return LengthGroupedSampler(list(lengths), global_batch_size(self.args), self.args.seed)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Runs the callbacks' on_evaluate; what they add to the metrics is logged and returned."""
+        start = time.perf_counter()
         metrics: dict[str, float] = {}
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         self.log(metrics)
+        self.timed = (self.timed[0] + time.perf_counter() - start, self.timed[1])
         return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to a line with a loss: `tokens_per_second` of a process, padding and validation not
+        counted (mean), `mfu`, its share of the GPU's peak FLOP/s, and `peak_memory_gb` (largest),
+        with several processes also that of each."""
+        if "loss" in logs:
+            now = (time.perf_counter(), self.totals[0].item())
+            speed = (now[1] - self.timed[1]) / (now[0] - self.timed[0])
+            self.timed = now
+            speeds, peaks = zip(*gather_object([(speed, peak_memory() / 1e9)]), strict=True)
+            logs["tokens_per_second"] = sum(speeds) / len(speeds)
+            logs["peak_memory_gb"] = max(peaks)
+            if peak := gpu_peak_flops():
+                logs["mfu"] = logs["tokens_per_second"] * self.flops_per_token / peak
+            if len(peaks) > 1:
+                logs |= {f"peak_memory_gb_process_{i}": value for i, value in enumerate(peaks)}
+        super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # Into the existing checkpoint folder; PEFT would add the whole embedding, Trainer a pickle
@@ -1536,27 +1891,56 @@ def global_batch_size(args: TrainingArguments) -> int:
 
 
 class ConsoleCallback(TrainerCallback):
-    """One line every logging step: step, loss, learning rate, real tokens a second, time left."""
-
-    def __init__(self, trainer: ConfidenceTrainer) -> None:
-        self.trainer = trainer
+    """What log() tells, with the time left: a progress bar on a terminal, else a line each."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = self.last = (time.perf_counter(), state.global_step, 0)
+        self.start, self.first = time.perf_counter(), state.global_step
+        on_terminal = state.is_world_process_zero and sys.stderr.isatty()
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, unit="step", disable=not on_terminal
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:
             return
-        now = (time.perf_counter(), state.global_step, int(self.trainer.totals[0]))
-        seconds = now[0] - self.last[0]
-        left = (now[0] - self.start[0]) / max(1, now[1] - self.start[1])
-        left *= state.max_steps - now[1]
-        say(
-            f"step {now[1]}/{state.max_steps}  loss {logs['loss']:.4f}  "
-            f"lr {logs['learning_rate']:.2e}  "
-            f"{(now[2] - self.last[2]) / seconds:,.0f} tokens/s a process  {left:.0f} s left"
+        parts = [f"loss {logs['loss']:.4f}", f"lr {logs['learning_rate']:.2e}"]
+        parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s a process")
+        parts += [f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []
+        parts.append(f"peak {logs['peak_memory_gb']:.1f} GB")
+        if not self.bar.disable:
+            self.bar.set_postfix_str("  ".join(parts))
+            return
+        done = max(1, state.global_step - self.first)
+        left = (time.perf_counter() - self.start) / done * (state.max_steps - state.global_step)
+        parts = [f"step {state.global_step}/{state.max_steps}", *parts, f"{left:.0f} s left"]
+        say("  ".join(parts))
+
+
+class ProfileCallback(TrainerCallback):
+    """Records updates 3 to 5 on the main process for TensorBoard's profiler and Perfetto."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1),
+            on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder)),
+            profile_memory=True,
+            record_shapes=True,
         )
-        self.last = now
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.profiler.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.profiler.step()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.profiler.stop()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1567,8 +1951,7 @@ class ValidationCallback(TrainerCallback):
     """Measures how well the tags know which answers are right, on a fixed sample of each set.
 
     The sample is drawn once, by seed, and split over the processes in whole batches, so that each
-    record is scored exactly once and a batch is the same however many processes there are. Each
-    validation
+    record is scored exactly once. Each validation
 
     - adds `eval_<set>_<metric>`, and `eval_<metric>` as the mean over the sets, to the metrics
       that Trainer chooses its best model by (`--metric_for_best_model auroc`), NaN if undefined;
@@ -1604,10 +1987,10 @@ class ValidationCallback(TrainerCallback):
         for name, records in sets.items():
             if generate:  # the answer will take the recorded one's place
                 records = [{**record, "response": ""} for record in records]
-            fitting = fit_records(tokenizer, records, room, f"validation set {name}")
-            count = min(settings.val_samples, len(fitting))
-            chosen = random.Random(f"{seed} {name}").sample(range(len(fitting)), count)
-            self.samples[name] = [fitting[i] for i in sorted(chosen)]
+            count = min(settings.val_samples, len(records))
+            chosen = random.Random(f"{seed} {name}").sample(range(len(records)), count)
+            sample = [records[i] for i in sorted(chosen)]
+            self.samples[name] = fit_records(tokenizer, sample, room, f"validation set {name}")
         self.history: list[dict] = []  # the lines of validation.jsonl, on the main process
         self.last_step = -1
 
@@ -1647,12 +2030,13 @@ class ValidationCallback(TrainerCallback):
             len(build_prompt(self.tokenizer, record)) + len(record["response"])
             for record in records
         ]
-        batches = plan_batches(lengths, self.batch_size)
         state = PartialState()
+        share = math.ceil(len(records) / state.num_processes)
+        batches = plan_batches(lengths, max(1, min(self.batch_size, share)))
         mine = []
         for batch in batches[state.process_index :: state.num_processes]:
             chosen = [records[i] for i in batch]
-            results = score_batch(model, self.tokenizer, chosen, self.max_new_tokens)
+            results = self._score(model, chosen)
             for i, record, (confidence, emitted, response) in zip(
                 batch, chosen, results, strict=True
             ):
@@ -1668,6 +2052,17 @@ class ValidationCallback(TrainerCallback):
         figures = confidence_metrics(scores, self.settings.calib_p_norm, self.settings.calib_beta)
         figures["runtime"] = time.perf_counter() - start
         return figures, scores
+
+    def _score(self, model: PeftModel, records: list[Record]) -> list:
+        """score_batch() in as many parts as memory asks for."""
+        try:
+            return score_batch(model, self.tokenizer, records, self.max_new_tokens)
+        except torch.OutOfMemoryError:
+            if len(records) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(records) // 2
+        return self._score(model, records[:half]) + self._score(model, records[half:])
 
     def _record(self, model, state, figures, scores, metrics) -> None:
         step, epoch = state.global_step, state.epoch or 0.0
@@ -1925,11 +2320,16 @@ def resolve_precision(training: dict[str, Any]) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[kind]
 
 
-def make_training_arguments(training: dict[str, Any], resuming: bool) -> TrainingArguments:
+def make_training_arguments(
+    training: dict[str, Any], global_batch: int | None, resuming: bool
+) -> TrainingArguments:
     """transformers' arguments; this is where the processes of a distributed run meet.
 
+    A batch size that is `auto` stands at its largest, all that a process has of an update.
+
     Raises:
-        InputError: with transformers' own words on a combination it refuses.
+        InputError: with transformers' own words on a combination it refuses, or if no accumulation
+            gives the global batch that was asked for.
     """
     metric = training.get("metric_for_best_model")
     defaults = {
@@ -1942,13 +2342,52 @@ def make_training_arguments(training: dict[str, Any], resuming: bool) -> Trainin
         "disable_tqdm": True,
     }
     report_to = [name for name in report_targets(training) if name != "tensorboard"]  # see run()
-    chosen = {**defaults, **training, "report_to": report_to, "remove_unused_columns": False}
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    batch, accumulation = split_update(
+        training["per_device_train_batch_size"],
+        training["gradient_accumulation_steps"],
+        world_size,
+        global_batch,
+    )
+    chosen = {
+        **defaults,
+        **training,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "report_to": report_to,
+        "remove_unused_columns": False,
+    }
     try:
         args = TrainingArguments(**chosen)
     except (ValueError, TypeError) as error:
         raise InputError(f"transformers refuses these settings: {error}") from error
     args._n_gpu = min(1, args.n_gpu)  # a process without launcher would split batches over all GPUs
     return args
+
+
+def split_update(
+    batch: int | str, accumulation: int | str, world_size: int, global_batch: int | None
+) -> tuple[int, int]:
+    """(records at a time on a process, batches accumulated) of an update, what is `auto` decided.
+
+    Raises:
+        InputError: if they do not make the global batch that was asked for.
+    """
+    if batch == "auto":
+        if accumulation != "auto":
+            raise InputError(
+                "--batch_size auto decides --gradient_accumulation_steps too: give "
+                "--global_batch_size in its place"
+            )
+        batch, accumulation = max(1, (global_batch or GLOBAL_BATCH) // world_size), 1
+    elif accumulation == "auto":
+        accumulation = max(1, (global_batch or GLOBAL_BATCH) // (batch * world_size))
+    if global_batch not in (None, batch * accumulation * world_size):
+        raise InputError(
+            f"--global_batch_size {global_batch} is not {batch} records at a time x {accumulation} "
+            f"accumulation x {world_size} processes = {batch * accumulation * world_size}"
+        )
+    return batch, accumulation
 
 
 def report_targets(training: dict[str, Any]) -> list[str]:
@@ -2033,10 +2472,74 @@ def finish(
     return summary
 
 
+def initialize_fitting_model(
+    settings: Settings,
+    args: TrainingArguments,
+    dtype: torch.dtype,
+    encodings: datasets.Dataset,
+    measure: bool,
+) -> PeftModel:
+    """The model with its fresh adapter; with `measure`, `args` get the batch size that fits.
+
+    Gradient checkpointing, then 8-bit and 4-bit weights, are turned to only when not even one
+    record fits without; all processes decide alike.
+
+    Raises:
+        InputError: if nothing fits.
+    """
+    asked_bits = 8 if settings.load_in_8bit else 4 if settings.load_in_4bit else None
+    ladder = [asked_bits] if asked_bits or not measure else [None, 8, 4]
+    share = args.per_device_train_batch_size
+    for bits in ladder:
+        model, size = None, 0
+        try:
+            model, tokenizer = initialize_model_with_tokens(
+                settings.model_name,
+                settings.adapter,
+                settings.lora_r,
+                settings.lora_alpha,
+                settings.lora_dropout,
+                dtype=dtype,
+                attn_implementation=settings.attn_implementation,
+                load_in_8bit=bits == 8,
+                load_in_4bit=bits == 4,
+            )
+        except torch.OutOfMemoryError:
+            if not measure:
+                raise
+        if not measure:
+            return model
+        recomputing = [False, True] if settings.adapter == "lora" else [False]
+        for recompute in [True] if args.gradient_checkpointing else recomputing:
+            if model is not None:
+                if recompute:
+                    model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+                autocast = torch.autocast(model.device.type, dtype, dtype != torch.float32)
+                size = largest_batch(model, tokenizer, encodings, share, autocast)
+            size = min(gather_object([size]))
+            if size:
+                args.per_device_train_batch_size = size
+                args.gradient_accumulation_steps = share // size
+                args.gradient_checkpointing = recompute
+                say(
+                    f"--batch_size auto: {size} records at a time x {share // size} accumulation"
+                    + (", gradient checkpointing because nothing fits without" * recompute)
+                    + (f", {bits}-bit weights because nothing fits without" if bits else "")
+                )
+                return model
+        del model
+        torch.cuda.empty_cache()
+    raise InputError(
+        f"not even one record of {max(encodings['length'])} tokens fits into memory, with gradient "
+        "checkpointing and 4-bit weights: a smaller --max_seq_length, or a larger GPU"
+    )
+
+
 def run(argv: list[str] | None) -> dict[str, Any]:
     """The whole run, step by step. Returns the content of summary.json (empty on other ranks)."""
     settings, training = parse_command_line(argv)
     check_settings(settings, training)
+    keep_freed_memory()
     records = read_records(settings.train_data, settings.skip_bad_records)
     for record in records:
         if "response" not in record:
@@ -2056,28 +2559,15 @@ def run(argv: list[str] | None) -> dict[str, Any]:
             "unfinished run in --output_dir goes on from its last checkpoint"
         )
 
-    args = make_training_arguments(training, resuming=checkpoint is not None)
+    auto = training["per_device_train_batch_size"] == "auto"
+    args = make_training_arguments(training, settings.global_batch_size, checkpoint is not None)
     set_seed(args.seed)
     if args.world_size > 1:
         say(f"Distributed training with {args.world_size} processes")
-    model, tokenizer = initialize_model_with_tokens(
-        settings.model_name,
-        settings.adapter,
-        settings.lora_r,
-        settings.lora_alpha,
-        settings.lora_dropout,
-        dtype=dtype,
-        attn_implementation=settings.attn_implementation,
-        load_in_8bit=settings.load_in_8bit,
-        load_in_4bit=settings.load_in_4bit,
-    )
-    records = fit_records(
-        tokenizer, records, settings.max_seq_length - 2, f"--train_data {settings.train_data}"
-    )
-    encodings = [
-        encode_segments(tokenizer, confidence_segments(tokenizer, record, settings.adapter))
-        for record in records
-    ]
+    tokenizer = load_tokenizer(settings.model_name)
+    add_confidence_tokens(tokenizer)
+    encodings = encode_dataset(tokenizer, records, settings)
+    model = initialize_fitting_model(settings, args, dtype, encodings, measure=auto)
     steps = shorten_intervals(args, len(encodings))
     say(
         f"{len(encodings)} records, {steps} steps of {global_batch_size(args)} records "
@@ -2107,7 +2597,9 @@ def run(argv: list[str] | None) -> dict[str, Any]:
         callbacks=[validation, *([TensorBoardCallback(writer)] if writer else [])],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ConsoleCallback(trainer))
+    trainer.add_callback(ConsoleCallback())
+    if settings.profile and args.process_index == 0:
+        trainer.add_callback(ProfileCallback(folder / "logs"))
     result = trainer.train(resume_from_checkpoint=checkpoint)
     # By --eval_strategy the last step may not be validated, or the best model may have come back
     if validation.last_step != trainer.state.global_step or args.load_best_model_at_end:

@@ -4,11 +4,13 @@ import json
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="encodings"))
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 import pytest  # noqa: E402

@@ -11,7 +11,6 @@ from train_confidence_lora import (
     Collator,
     InputError,
     build_prompt,
-    confidence_ids,
     confidence_segments,
     encode_segments,
     fit_record,
@@ -68,7 +67,7 @@ def labelled_text(tokenizer, row):
 )  # fmt: skip
 def test_the_loss_is_on_the_tag_and_for_lora_on_marker_and_answer_too(with_tags, adapter, expected):
     for record, labelled in zip((READING, CHOICE), expected):
-        row = encode_segments(with_tags, confidence_segments(with_tags, record, adapter))
+        row = encode_segments(with_tags, [confidence_segments(with_tags, record, adapter)])[0]
         assert labelled_text(with_tags, row) == labelled
         assert row["input_ids"][-2] == with_tags.convert_tokens_to_ids(MARKER_TOKEN)
         text = with_tags.decode(row["input_ids"][:-2])
@@ -79,7 +78,7 @@ def test_the_loss_is_on_the_tag_and_for_lora_on_marker_and_answer_too(with_tags,
 
 def test_a_long_answer_is_held_at_a_few_tokens_the_first_among_them(with_tags):
     record = {**READING, "response": "apples " + "plums " * 200}
-    row = encode_segments(with_tags, confidence_segments(with_tags, record, "lora"))
+    row = encode_segments(with_tags, [confidence_segments(with_tags, record, "lora")])[0]
     assert sum(label != -100 for label in row["labels"]) == HELD_TOKENS + 2
     prompt = len(tokenize(with_tags, build_prompt(with_tags, record)))
     assert set(row["labels"][:prompt]) == {-100}
@@ -95,7 +94,7 @@ def test_encoded_prompts_hold_the_special_tokens_once(with_tags):
 def test_a_long_record_loses_its_middle_and_never_its_tag(with_tags, part):
     long = {**READING, part: "first " + "apples plums " * 500 + "last"}
     record = fit_record(with_tags, long, 198)
-    row = encode_segments(with_tags, confidence_segments(with_tags, record, "lora"))
+    row = encode_segments(with_tags, [confidence_segments(with_tags, record, "lora")])[0]
     assert 150 < len(row["input_ids"]) <= 200
     assert with_tags.convert_ids_to_tokens(row["input_ids"][-1]) == "<C_READ>"
     assert record[part].startswith("first ")
@@ -112,7 +111,7 @@ def test_any_long_text_can_be_shortened_to_any_length(with_tags):
         text = "".join(draw.choices(pieces, k=300))
         budget = draw.randint(110, 300)
         record = fit_record(with_tags, {**READING, "response": text, "context": text}, budget)
-        row = encode_segments(with_tags, confidence_segments(with_tags, record, "lora"))
+        row = encode_segments(with_tags, [confidence_segments(with_tags, record, "lora")])[0]
         assert len(row["input_ids"]) <= budget + 2
 
 
@@ -137,20 +136,20 @@ def test_a_question_too_long_is_reported_with_its_line_and_skipped(with_tags, ca
         fit_records(with_tags, [long], 126, "train.jsonl")
 
 
-def test_batches_are_padded_on_the_left_so_that_tags_are_in_the_last_column(with_tags):
+def test_batches_are_padded_on_the_right_and_the_padding_has_no_labels(with_tags):
     rows = [
-        encode_segments(with_tags, confidence_segments(with_tags, record, "lora"))
+        encode_segments(with_tags, [confidence_segments(with_tags, record, "lora")])[0]
         for record in (READING, CHOICE)
     ]
     batch = Collator(with_tags.pad_token_id)(rows)
-    ids = confidence_ids(with_tags)
-    assert batch["labels"][:, -2:].tolist() == [
-        [ids.marker, ids.tags["READ"][0]],
-        [ids.marker, ids.tags["MED"][1]],
-    ]
-    assert batch["input_ids"].shape == batch["labels"].shape
-    assert batch["attention_mask"].sum(dim=1).tolist() == [len(row["input_ids"]) for row in rows]
-    assert batch["attention_mask"][:, -1].all()
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        assert batch["input_ids"][i, :length].tolist() == row["input_ids"]
+        assert batch["labels"][i, :length].tolist() == row["labels"]
+        assert (batch["labels"][i, length:] == -100).all()
+        assert batch["attention_mask"][i].tolist() == [1] * length + [0] * (
+            batch["input_ids"].shape[1] - length
+        )
 
 
 def test_any_text_survives_the_demo_tokenizer():

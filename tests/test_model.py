@@ -25,7 +25,9 @@ def batch_of(tokenizer, count=32, adapter="lora"):
     import json
 
     records = [parse_record(json.dumps(record)) for record in tagged_records(count)]
-    rows = [encode_segments(tokenizer, confidence_segments(tokenizer, r, adapter)) for r in records]
+    rows = [
+        encode_segments(tokenizer, [confidence_segments(tokenizer, r, adapter)])[0] for r in records
+    ]
     return Collator(tokenizer.pad_token_id)(rows)
 
 

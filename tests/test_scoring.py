@@ -15,8 +15,8 @@ from train_confidence_lora import (
     generate_answers,
     initialize_model_with_tokens,
     invoke_marker,
-    left_pad,
     load_base_model,
+    pad,
     parse_record,
     plan_batches,
     prefill,
@@ -155,19 +155,22 @@ def test_batches_hold_every_index_once_longest_first():
     assert batches == [[1, 3], [4, 0], [2]]
 
 
-def test_left_padding_keeps_the_last_column_real():
-    ids, mask = left_pad([[1, 2, 3], [4]], 0)
-    assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+@pytest.mark.parametrize(
+    ("left", "second", "kept"), [(True, [0, 0, 4], [0, 0, 1]), (False, [4, 0, 0], [1, 0, 0])]
+)
+def test_padding_is_masked_on_the_side_asked_for(left, second, kept):
+    ids, mask = pad([[1, 2, 3], [4]], 0, left)
+    assert ids.tolist() == [[1, 2, 3], second]
+    assert mask.tolist() == [[1, 1, 1], kept]
 
 
 def test_tag_logits_of_a_bf16_model_are_not_rounded_to_bf16(tiny_models):
     model, tokenizer = initialize_model_with_tokens(tiny_models["untied"], dtype=torch.bfloat16)
     ids = confidence_ids(tokenizer)
     rows = [tokenize(tokenizer, build_prompt(tokenizer, record)) for record in records_of(8)]
-    padded, mask = left_pad(rows, 0)
+    padded, mask = pad(rows, 0)
     with torch.inference_mode():
-        cache = prefill(model.eval(), padded, mask)
+        cache = prefill(model.eval(), padded)
         plain = invoke_marker(model, copy.deepcopy(cache), mask, ids.marker).float()[:, ids.all]
         exact = exact_logits(model, cache, mask, ids)[:, ids.all]
     torch.testing.assert_close(exact, plain, atol=0.02, rtol=0.02)

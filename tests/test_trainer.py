@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from conftest import tagged_records, write_jsonl
+from datasets import Dataset
 
 import train_confidence_lora as confidence
 from train_confidence_lora import (
@@ -11,8 +12,7 @@ from train_confidence_lora import (
     ConfidenceTrainer,
     LengthGroupedSampler,
     TrainingArguments,
-    confidence_segments,
-    encode_segments,
+    encode_records,
     initialize_model_with_tokens,
     parse_record,
     score_batch,
@@ -37,10 +37,9 @@ def make_trainer(model_name, folder, adapter="lora", **arguments):
             output_dir=str(folder), use_cpu=True, remove_unused_columns=False,
             disable_tqdm=True, save_strategy="no", logging_steps=1, **arguments,
         ),
-        train_dataset=[
-            encode_segments(tokenizer, confidence_segments(tokenizer, record, adapter))
-            for record in records
-        ],
+        train_dataset=Dataset.from_list(
+            list(encode_records(tokenizer, records, adapter, max_tokens=256))
+        ),
         data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )  # fmt: skip
@@ -57,7 +56,7 @@ def test_the_loss_equals_cross_entropy_over_all_logits_of_plain_passes(
 ):
     """Against PEFT's own forward, one record at a time, unpadded, logits everywhere."""
     trainer = make_trainer(tiny_models["untied"], tmp_path, adapter)
-    rows = trainer.train_dataset[:8]
+    rows = [trainer.train_dataset[i] for i in range(8)]
     model = trainer.model
     total, count = 0.0, 0
     for row in rows:
