@@ -4,10 +4,10 @@ VENV := .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo demo-data test lint clean
+.PHONY: help setup setup-gpu demo demo-data test benchmark benchmark-gpu lint clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 # The environment is made anew when the pinned versions change.
 $(VENV)/.installed: requirements.txt
@@ -32,6 +32,24 @@ demo-data: setup  ## make the demo's model, questions and tagged answers again (
 
 test: setup  ## all tests
 	$(RUN) -m pytest -q -n 2
+
+benchmark: setup  ## speed beside other ways to train and validate (two CPU cores, 9 minutes)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-benchmark.txt
+	$(RUN) benchmarks/preparation_speed.py
+	$(RUN) benchmarks/train_speed.py --rounds 2
+	$(RUN) benchmarks/train_speed.py --rounds 1 --steps 8 --same_order --contenders recipe lora
+	$(RUN) benchmarks/train_speed.py --rounds 1 --steps 3 --model wide_vocabulary --no_checkpointing \
+		--batch_size 4 --accumulation 1 --contenders recipe lora
+	$(RUN) benchmarks/validation_speed.py
+	$(RUN) benchmarks/validation_speed.py --adapter activated
+
+benchmark-gpu: setup  ## the same at 7B, on a GPU: random weights, nothing is downloaded
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-benchmark.txt
+	$(RUN) benchmarks/train_speed.py --model qwen2.5-7b --batch_size 8 --json benchmark-gpu.jsonl
+	$(RUN) benchmarks/validation_speed.py --model qwen2.5-7b --records 400 --json benchmark-gpu.jsonl
+	$(RUN) benchmarks/validation_speed.py --model qwen2.5-7b --records 400 --adapter activated \
+		--json benchmark-gpu.jsonl
+	$(RUN) benchmarks/preparation_speed.py benchmark-gpu.jsonl
 
 lint: setup  ## ruff and shellcheck
 	$(VENV)/bin/ruff check .

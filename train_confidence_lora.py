@@ -197,6 +197,9 @@ class Settings:
     )
     load_in_8bit: bool = setting(False, "8-bit base weights (bitsandbytes): less memory, slower")
     load_in_4bit: bool = setting(False, "4-bit NF4 base weights (bitsandbytes)")
+    fp8: bool = setting(
+        False, "8-bit floating-point products with the base weights: H100 and newer, unmeasured"
+    )
     attn_implementation: str = setting(
         "sdpa",
         "attention kernel; flash_attention_2 needs a GPU and the flash-attn package",
@@ -306,6 +309,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.utils import is_liger_kernel_available
 
 
 def parse_command_line(argv: list[str] | None) -> tuple[Settings, dict[str, Any]]:
@@ -339,7 +343,8 @@ def check_settings(settings: Settings, training: dict[str, Any]) -> None:
         InputError: naming the flag and the remedy.
     """
     values = {**asdict(settings), **training}
-    for one, other in (("bf16", "fp16"), ("load_in_8bit", "load_in_4bit")):
+    exclusive = "bf16 fp16", "load_in_8bit load_in_4bit", "fp8 load_in_8bit", "fp8 load_in_4bit"
+    for one, other in map(str.split, exclusive):
         if values[one] and values[other]:
             raise InputError(f"--{one} and --{other} exclude each other: give one of them")
     if settings.adapter == "activated" and values.get("gradient_checkpointing"):
@@ -356,6 +361,11 @@ def check_settings(settings: Settings, training: dict[str, Any]) -> None:
             raise InputError(f"--{name} is {values[name]}: give a number above 0")
     if settings.max_seq_length < 64:
         raise InputError(f"--max_seq_length is {settings.max_seq_length}: give at least 64 tokens")
+    if values.get("use_liger_kernel"):
+        if not torch.cuda.is_available():
+            raise InputError("--use_liger_kernel needs a GPU, and none is here: leave it out")
+        if not is_liger_kernel_available():
+            raise InputError("--use_liger_kernel needs a package: pip install liger-kernel")
     if not Path(settings.train_data).is_file():
         raise InputError(
             f"--train_data {settings.train_data} does not exist; make it with: "
@@ -719,6 +729,7 @@ def encode_dataset(
     tokenizer, settings, and this file.
     """
     options = {"adapter": settings.adapter, "max_tokens": settings.max_seq_length}
+    datasets.disable_progress_bars()
     key = hashlib.sha256(Path(__file__).read_bytes())
     key.update(tokenizer.backend_tokenizer.to_str().encode())
     key.update(json.dumps([tokenizer.chat_template, options, records]).encode())
@@ -1143,6 +1154,7 @@ def load_base_model(
     attn_implementation: str = "sdpa",
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
+    fp8: bool = False,
 ) -> PreTrainedModel:
     """The pretrained model on this process's own device, its weights in `dtype` or quantised.
 
@@ -1174,7 +1186,100 @@ def load_base_model(
         # On a CPU bitsandbytes repacks 4-bit weights in evaluation, and no gradient passes after it
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if fp8:
+        convert_frozen_linears(model)
     return model
+
+
+FP8 = torch.float8_e4m3fn
+
+
+# FP8 for --fp8: frozen linear layers whose weights and matrix products have 8 bits
+
+
+def to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row of `x` in FP8 and, as a column, the power of two that it was divided by."""
+    x = x.to(torch.bfloat16).contiguous()
+    most = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True, dtype=torch.float32)
+    # FP8 ends at 448. Without its mantissa, most / 224 is a power of two above most / 448.
+    scale = ((most / 224).clamp(min=1e-30).view(torch.int32) & 0x7F800000).view(torch.float32)
+    return (x / scale.to(x.dtype)).to(FP8), scale
+
+
+def fp8_product(
+    x: torch.Tensor, weight: list[torch.Tensor], bias: torch.Tensor | None, fast: bool
+) -> torch.Tensor:
+    rows, row_scale = to_fp8(x)
+    columns, column_scale = weight[0].view(FP8).t(), weight[1].view(torch.float32).t()
+    return torch._scaled_mm(
+        rows, columns, row_scale, column_scale, bias, None, torch.bfloat16, use_fast_accum=fast
+    ).to(x.dtype)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x · W + bias of (tokens, features), with a gradient for x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: Float8Linear) -> torch.Tensor:
+        ctx.transposed = [layer.by_input, layer.input_scale]
+        bias = None if layer.bias is None else layer.bias.to(torch.bfloat16)
+        return fp8_product(x, [layer.by_output, layer.output_scale], bias, fast=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return fp8_product(grad, ctx.transposed, None, fast=False), None
+
+
+class ReadOnly(torch.Tensor):
+    """Values to look at; what would change them in place, as merging does, is refused."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> torch.Tensor:
+        raise RuntimeError("FP8 weights cannot be merged into: load the base model without --fp8")
+
+
+class Float8Linear(torch.nn.Linear):
+    """A frozen linear layer in FP8. Its weight is stored twice, since the backward needs it
+    transposed with scales by input; together that is the memory of bfloat16. Scales that are
+    powers of two round both alike: the gradient is that of the weight the forward pass uses."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype, self.bias = linear.weight.dtype, linear.bias
+        # Integer parameters: `.to(dtype)` leaves them alone, any backend of DDP can send them, and
+        # it does so once, where it would send buffers before every step.
+        parts = (*to_fp8(linear.weight.detach()), *to_fp8(linear.weight.detach().t()))
+        bits = [torch.nn.Parameter(part.view(torch.uint8), requires_grad=False) for part in parts]
+        self.by_output, self.output_scale, self.by_input, self.input_scale = bits
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A copy, for PEFT to read shape, dtype and device of; it could not be written to."""
+        values = self.by_output.view(FP8).float() * self.output_scale.view(torch.float32)
+        return values.to(self.dtype).as_subclass(ReadOnly)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = FrozenProduct.apply(x.reshape(-1, x.shape[-1]), self)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
+
+
+def convert_frozen_linears(model: PreTrainedModel) -> None:
+    """Replaces the linear layers but the head, one at a time. To call before get_peft_model().
+
+    Layers with a side that is no multiple of 16 and layers quantised already stay as they are.
+    """
+    head, device = model.get_output_embeddings(), model.device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise InputError("--fp8 needs a GPU of compute capability 8.9 or more (H100, L40S, 4090)")
+    for parent in model.modules():
+        for name in [name for name, _ in parent.named_children()]:
+            old = getattr(parent, name)
+            plain = type(old) is torch.nn.Linear and old is not head
+            if plain and old.in_features % 16 == old.out_features % 16 == 0:
+                setattr(parent, name, Float8Linear(old))
 
 
 class ConfidenceIds(NamedTuple):
@@ -1370,7 +1475,8 @@ def use_lean_layers(model: PeftModel) -> None:
     for module in model.modules():
         if type(module) is TrainableTokensLayer:
             module.__class__ = TokenRows
-        if type(module) is lora.Linear and type(module.base_layer) is torch.nn.Linear:
+        frozen = getattr(module, "base_layer", None)
+        if type(module) is lora.Linear and type(frozen) in (torch.nn.Linear, Float8Linear):
             module.__class__ = LeanLora
         if isinstance(getattr(module, "act_fn", None), torch.nn.SiLU | SiLUActivation) and all(
             hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")
@@ -1555,9 +1661,10 @@ def generate_answers(
     answer_ends = ends | tag_ids | ({confidence.marker} if confidence else set())
     answers, finished, tags = [], [], []
     for row in new.tolist():
-        stop = next((i for i, token in enumerate(row) if token in answer_ends), len(row))
+        ends_at = (i for i, token in enumerate(row[:max_new_tokens]) if token in answer_ends)
+        stop = next(ends_at, min(len(row), max_new_tokens))
         answers.append(row[:stop])
-        finished.append(stop < len(row))
+        finished.append(stop < len(row) and row[stop] in answer_ends)
         tags.append(next((token for token in row[stop:] if token in tag_ids), None))
     lengths = torch.tensor([len(answer) for answer in answers], device=mask.device)
     in_answer = torch.arange(new.shape[1], device=mask.device) < lengths[:, None]
@@ -1565,10 +1672,17 @@ def generate_answers(
     return Generated(answers, finished, tags, output.sequences, mask, output.past_key_values)
 
 
-def plan_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of like length, longest first: memory runs out at once or never."""
+def plan_batches(lengths: list[int], batch_size: int, most: float = math.inf) -> list[list[int]]:
+    """Indices in batches of like length, longest first: memory runs out at once or never. A batch
+    has at most `batch_size` indices and, padded, a total length of at most `most`."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches: list[list[int]] = []
+    for i in order:
+        full = batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] > most
+        if not batches or full or len(batches[-1]) == batch_size:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 @torch.inference_mode()
@@ -1686,15 +1800,11 @@ def flops_per_token(model: PeftModel, recompute: bool) -> float:
     inputs (the weights themselves have none), and as much once more where the forward is repeated.
 
     So an ordinary LoRA takes 4·N, with gradient checkpointing 6·N, and an activated one 2·N. N is
-    without embedding and head, whose work does not grow with the tokens; attention is left out.
+    the weights of the linear layers that LoRA stands beside: not embedding and head, whose work
+    does not grow with the tokens. Attention and LoRA itself are left out.
     """
-    base = model.get_base_model()
-    ends = [
-        getattr(part, "original_module", part).weight
-        for part in (base.get_input_embeddings(), base.get_output_embeddings())
-    ]
-    trained, parameters = model.get_nb_trainable_parameters()
-    count = parameters - trained - sum({w.data_ptr(): w.numel() for w in ends}.values())
+    layers = [layer for layer in model.modules() if isinstance(layer, lora.LoraLayer)]
+    count = sum(layer.in_features * layer.out_features for layer in layers)
     return count * (2 if is_activated(model) else 6 if recompute else 4)
 
 
@@ -1768,6 +1878,7 @@ def label_loss(
 
 
 ENOUGH_TOKENS = 16_384  # in a pass: more at once are no faster
+ENOUGH_CHARACTERS = 16_384  # of recorded answers in a pass, likewise
 
 
 def largest_batch(
@@ -2031,8 +2142,11 @@ class ValidationCallback(TrainerCallback):
             for record in records
         ]
         state = PartialState()
+        # An answer takes as many passes for one prompt as for many; a recorded one takes a single
+        # pass, of which a large batch would be padding
         share = math.ceil(len(records) / state.num_processes)
-        batches = plan_batches(lengths, max(1, min(self.batch_size, share)))
+        most = math.inf if self.max_new_tokens else ENOUGH_CHARACTERS
+        batches = plan_batches(lengths, max(1, min(self.batch_size, share)), most)
         mine = []
         for batch in batches[state.process_index :: state.num_processes]:
             chosen = [records[i] for i in batch]
@@ -2488,7 +2602,7 @@ def initialize_fitting_model(
         InputError: if nothing fits.
     """
     asked_bits = 8 if settings.load_in_8bit else 4 if settings.load_in_4bit else None
-    ladder = [asked_bits] if asked_bits or not measure else [None, 8, 4]
+    ladder = [asked_bits] if asked_bits or settings.fp8 or not measure else [None, 8, 4]
     share = args.per_device_train_batch_size
     for bits in ladder:
         model, size = None, 0
@@ -2503,6 +2617,7 @@ def initialize_fitting_model(
                 attn_implementation=settings.attn_implementation,
                 load_in_8bit=bits == 8,
                 load_in_4bit=bits == 4,
+                fp8=settings.fp8,
             )
         except torch.OutOfMemoryError:
             if not measure:

@@ -7,7 +7,8 @@
 #   bash train_fast_4gpu.sh qwen --preset 8gpu         # 1gpu, 2gpu, 4gpu or 8gpu: FAST_TRAINING.md
 #   DRY_RUN=1 bash train_fast_4gpu.sh qwen             # only prints the command
 #
-# Without --preset a step has 128 records, however many GPUs there are.
+# Without --preset an update has 128 records, however many GPUs there are, and as many at a time as
+# their memory holds.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -63,41 +64,36 @@ case $name in
 esac
 
 if [[ $name == demo ]]; then
-  processes=2 accumulation=1 rate=()
+  processes=2 update=(--batch_size "$batch" --gradient_accumulation_steps 1)
   if [[ $gpus -eq 0 ]]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; else processes=$((gpus < 2 ? gpus : 2)); fi
 elif [[ -n $preset ]]; then
   case $preset in # processes, records a GPU, accumulation, learning rate
-    1gpu) processes=1 batch=8 accumulation=1 rate=(--learning_rate 2e-4) ;;
-    2gpu) processes=2 batch=12 accumulation=2 rate=(--learning_rate 2.5e-4) ;;
-    4gpu) processes=4 batch=16 accumulation=2 rate=(--learning_rate 3e-4) ;;
-    8gpu) processes=8 batch=16 accumulation=2 rate=(--learning_rate 4e-4) ;;
+    1gpu) processes=1 batch=8 accumulation=1 rate=2e-4 ;;
+    2gpu) processes=2 batch=12 accumulation=2 rate=2.5e-4 ;;
+    4gpu) processes=4 batch=16 accumulation=2 rate=3e-4 ;;
+    8gpu) processes=8 batch=16 accumulation=2 rate=4e-4 ;;
     *) usage ;;
   esac
   [[ $gpus -ge $processes ]] || fail "--preset $preset needs $processes GPUs, $gpus are here"
+  update=(--batch_size "$batch" --gradient_accumulation_steps "$accumulation" --learning_rate "$rate")
+  # A 7B model's activations are megabytes a token: 16 long records do not fit without recomputing
+  # them. An activated adapter keeps next to none.
+  [[ " $* " == *" activated "* ]] || update+=(--gradient_checkpointing)
 else
   [[ $gpus -ge 1 ]] ||
     fail "a 7B model needs at least one GPU and none is here; 'bash train_fast_4gpu.sh demo' runs on a CPU"
-  processes=$((gpus < 4 ? gpus : 4)) rate=(--learning_rate 3e-4)
-  case $processes in
-    1) batch=16 accumulation=8 ;;
-    2) batch=16 accumulation=4 ;;
-    3) batch=14 accumulation=3 ;; # 126: three does not divide 128
-    4) batch=16 accumulation=2 ;;
-  esac
+  processes=$((gpus < 4 ? gpus : 4))
+  update=(--batch_size auto --learning_rate 3e-4)
 fi
-# A 7B model's activations are some 11 MB a token: 16 long records do not fit without recomputing
-# them. An activated adapter keeps next to none.
-[[ $name == demo || " $* " == *" activated "* ]] || settings+=(--gradient_checkpointing)
-echo "$name: $processes processes x $batch records x $accumulation accumulation =" \
-  "$((processes * batch * accumulation)) records a step"
+# Records differ in length: memory in pieces that can grow is not lost between them
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
 # accelerate's MULTI_GPU refuses a single process, which needs no launcher
 launch=(-m accelerate.commands.launch --config_file train_config_4gpu.yaml
   --num_processes "$processes" --main_process_port 0) # 0: any free port, so that runs do not collide
 [[ $processes -eq 1 ]] && launch=()
 command=("$python" "${launch[@]}" train_confidence_lora.py
-  "${settings[@]}" --batch_size "$batch" --gradient_accumulation_steps "$accumulation"
-  "${rate[@]}" "$@")
+  "${settings[@]}" "${update[@]}" "$@")
 if [[ -n ${DRY_RUN:-} ]]; then
   printf '%q ' "${command[@]}"
   echo

@@ -61,6 +61,7 @@ def make_trainer(kind: str, folder: Path, options: argparse.Namespace):
 
     set_seed(0)
     on_gpu = torch.cuda.is_available()
+    start = time.perf_counter()
     adapter = "activated" if kind == "activated" else "lora"
     model, tokenizer = confidence.initialize_model_with_tokens(
         str(folder / "model"),
@@ -68,6 +69,7 @@ def make_trainer(kind: str, folder: Path, options: argparse.Namespace):
         lora_dropout=0.0,
         dtype=torch.bfloat16 if on_gpu else torch.float32,
     )
+    loading = time.perf_counter() - start
     settings = confidence.Settings(train_data=str(folder / "records.jsonl"), adapter=adapter)
     records = confidence.read_records(settings.train_data)
     rows = confidence.encode_dataset(tokenizer, records, settings)
@@ -129,7 +131,7 @@ def make_trainer(kind: str, folder: Path, options: argparse.Namespace):
     if options.same_order:
         sequential = torch.utils.data.SequentialSampler(trainer.train_dataset)
         trainer._get_train_sampler = lambda *_: sequential
-    return trainer
+    return trainer, loading
 
 
 def use_peft_layers(model, confidence) -> None:
@@ -158,7 +160,7 @@ def work(kind: str, folder: Path, options: argparse.Namespace) -> dict:
 
     import train_confidence_lora as confidence
 
-    trainer = make_trainer(kind, folder, options)
+    trainer, loading = make_trainer(kind, folder, options)
     real, padded, marks = [], [], []
     collate = trainer.data_collator
 
@@ -181,12 +183,18 @@ def work(kind: str, folder: Path, options: argparse.Namespace) -> dict:
     trainer.add_callback(Clock())
     before = confidence.peak_memory(reset=True)
     trainer.train()
+    start = time.perf_counter()
+    confidence.save_adapter(trainer.model, trainer.processing_class, folder / "saved")
+    saving = time.perf_counter() - start
     used = slice(options.accumulation, options.accumulation * options.steps)
     return {
         "tokens_per_second": sum(real[used]) / (marks[-1] - marks[0]),
         "padding": 1 - sum(real[used]) / sum(padded[used]),
         "peak_gb": confidence.peak_memory() / 1e9,
         "model_gb": before / 1e9,
+        "loading_seconds": loading,
+        "saving_seconds": saving,
+        "tokens_a_record": sum(real[used]) / (len(real[used]) * options.batch_size),
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
     }
 
@@ -251,6 +259,11 @@ def main() -> None:
             for kind in options.contenders:
                 results[kind].append(measure(kind, folder, sys.argv[1:]))
     print(table(results))
+    if options.json:
+        with Path(options.json).open("a", encoding="utf-8") as file:
+            file.write(
+                json.dumps({"device": device, "model": options.model, "train": results}) + "\n"
+            )
     if options.same_order and {"recipe", "lora"} <= set(results):
         pairs = zip(results["recipe"][0]["losses"], results["lora"][0]["losses"], strict=True)
         print(

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from train_confidence_lora import parse_command_line
+from train_confidence_lora import parse_command_line, split_update
 
 
 def wrapper(*arguments, gpus=0, path=None, dry_run=True):
@@ -31,22 +31,25 @@ def parsed(*arguments, **options):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "processes", "batch", "accumulation", "total"),
-    [
-        (1, 1, 16, 8, 128),
-        (2, 2, 16, 4, 128),
-        (3, 3, 14, 3, 126),
-        (4, 4, 16, 2, 128),
-        (8, 4, 16, 2, 128),
-    ],
+    ("gpus", "processes", "total"),
+    [(1, 1, 128), (2, 2, 128), (3, 3, 126), (4, 4, 128), (8, 4, 128)],
 )
-def test_the_effective_batch_stays_at_128_and_is_said(gpus, processes, batch, accumulation, total):
-    count, _, training = parsed("qwen", gpus=gpus)
+def test_an_update_stays_at_128_records_of_which_memory_decides_how_many_at_a_time(
+    gpus, processes, total
+):
+    count, settings, training = parsed("qwen", gpus=gpus)
     assert count == processes
-    assert training["per_device_train_batch_size"] == batch
-    assert training["gradient_accumulation_steps"] == accumulation
-    said = wrapper("qwen", gpus=gpus).stdout.splitlines()[0]
-    assert said.endswith(f"= {total} records a step")
+    assert training["per_device_train_batch_size"] == "auto"
+    share, _ = split_update("auto", "auto", count, settings.global_batch_size)
+    assert share * count == total
+
+
+def test_a_batch_size_of_the_users_own_wins_over_auto():
+    _, settings, training = parsed("qwen", "--batch_size", "12", gpus=4)
+    batch, accumulation = (
+        training[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    assert split_update(batch, accumulation, 4, settings.global_batch_size) == (12, 2)
 
 
 @pytest.mark.parametrize(
@@ -130,10 +133,11 @@ def test_make_help_lists_the_targets():
     assert [name for name in ("setup", "demo", "test", "lint") if name not in shown] == []
 
 
-def test_only_a_lora_of_a_large_model_recomputes_activations():
-    assert parsed("qwen", gpus=1)[2]["gradient_checkpointing"]
-    assert "gradient_checkpointing" not in parsed("qwen", "--adapter", "activated", gpus=1)[2]
-    assert "gradient_checkpointing" not in parsed("demo")[2]
-    assert not parsed("qwen", "--gradient_checkpointing", "False", gpus=1)[2][
-        "gradient_checkpointing"
-    ]
+def test_presets_whose_batch_is_fixed_recompute_the_activations_of_a_lora():
+    preset = ("--preset", "1gpu")
+    assert parsed("qwen", *preset, gpus=1)[2]["gradient_checkpointing"]
+    assert "gradient_checkpointing" not in parsed("qwen", gpus=1)[2]  # measured instead
+    activated = parsed("qwen", *preset, "--adapter", "activated", gpus=1)[2]
+    assert "gradient_checkpointing" not in activated
+    off = parsed("qwen", *preset, "--gradient_checkpointing", "False", gpus=1)[2]
+    assert not off["gradient_checkpointing"]
