@@ -186,7 +186,6 @@ def run(arguments: argparse.Namespace) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         write_tagged(arguments, records, output, stem, folder)
-    confidence.leave_together()
 
 
 def write_tagged(
@@ -250,3 +249,6 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    from train_confidence_lora import leave
+
+    leave()

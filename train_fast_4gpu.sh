@@ -50,14 +50,14 @@ case $name in
   demo)
     # A million parameters: few records a step, a high learning rate. An activated
     # adapter's steps cost less, so it can take twice the epochs in the same time.
-    batch=4 epochs=3 demo_rate=1e-3 dropout=0.05
-    [[ " $* " == *" activated "* ]] && batch=8 epochs=6 demo_rate=7e-4 dropout=0
+    batch=4 epochs=3 demo_rate=1e-3
+    [[ " $* " == *" activated "* ]] && batch=8 epochs=6 demo_rate=7e-4
     settings=(--model_name demo/model --train_data tagged/demo/demo_all_tagged.jsonl
       --output_dir checkpoints/demo
       --val_data reading=tagged/demo/demo_val_demo_reading.jsonl
       medicine=tagged/demo/demo_val_demo_medicine.jsonl
       --val_samples 600 --per_device_eval_batch_size 100 --max_new_tokens 16 --max_seq_length 256
-      --num_epochs "$epochs" --learning_rate "$demo_rate" --lora_dropout "$dropout"
+      --num_epochs "$epochs" --learning_rate "$demo_rate"
       --logging_steps 200 --eval_steps 1000 --save_steps 1000 --no_bf16)
     ;;
   *) usage ;;

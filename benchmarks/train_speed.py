@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=3, help="turns of each contender; medians are shown")
     add("--same_order", action="store_true", help="all take the records in file order")
     add("--no_checkpointing", action="store_true", help="the usual recipe without it")
-    add("--flags", nargs="+", default=[], help="more of TrainingArguments for lora and activated")
+    add(
+        "--flags", default="", help="more for lora and activated, as --flags='--torch_compile True'"
+    )
     add("--json", help="append the result to this file")
     add("--worker", help=argparse.SUPPRESS)
     return parser
@@ -95,7 +97,7 @@ def make_trainer(kind: str, folder: Path, options: argparse.Namespace):
         confidence.keep_freed_memory()  # as run() does
         trainer = confidence.ConfidenceTrainer(
             model=model,
-            args=TrainingArguments(**arguments, **more_flags(options.flags)),
+            args=TrainingArguments(**arguments, **more_flags(options.flags.split())),
             train_dataset=rows,
             data_collator=confidence.Collator(tokenizer.pad_token_id),
             processing_class=tokenizer,

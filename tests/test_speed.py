@@ -1,9 +1,17 @@
 """The automatic batch size, what log() tells, the cache of encodings, the profile, memory in
 validation; and that the benchmarks run."""
 
+import contextlib
+import fcntl
+import importlib
 import json
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -237,9 +245,28 @@ def test_flops_are_counted_by_the_rule(adapter, recompute, factor, tiny_models):
 def test_a_profile_is_recorded(line, tmp_path):
     main([*line, "--profile", "--max_steps", "6", "--batch_size", "8"])
     (trace,) = (tmp_path / "run" / "logs").glob("*.pt.trace.json")
-    events = json.loads(trace.read_text())["traceEvents"]
-    steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep")}
-    assert steps == {"ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"}
+    importlib.import_module("torch_tb_profiler.plugin")  # TensorBoard's; breaks an import circle
+    from torch_tb_profiler.profiler.data import RunProfileData
+
+    profile = RunProfileData.parse("worker", 0, str(trace), str(tmp_path / "cache"))
+    profile.process()
+    assert list(profile.steps_names) == ["2", "3", "4"]
+
+
+def test_a_terminal_shows_a_progress_bar_instead_of_lines(line):
+    """A real pseudo-terminal of 150 columns."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train_confidence_lora.py"), *line])
+    shown = b""
+    with contextlib.suppress(OSError):  # how a closed pseudo-terminal ends
+        while part := os.read(terminal, 4096):
+            shown += part
+    assert os.waitpid(pid, 0)[1] == 0
+    last = shown.decode().replace("\r", "\n").split("| 2/2 [")[-1].split("\n")[0]
+    assert re.search(r"loss \d.* lr .* tokens/s a process .* peak \d+\.\d GB", last)
+    assert "step 2/2" not in shown.decode()
 
 
 def test_validation_that_runs_out_of_memory_goes_on_in_smaller_parts(
