@@ -20,8 +20,10 @@ Method: Self-REF, Chuang et al., https://arxiv.org/abs/2410.13284
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import difflib
+import gc
 import gzip
 import hashlib
 import json
@@ -40,7 +42,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from decimal import Decimal, InvalidOperation
-from functools import partial
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -738,8 +740,11 @@ def encode_dataset(
             encodings = datasets.Dataset.from_generator(
                 lambda: encode_records(tokenizer, records, **options), fingerprint=key.hexdigest()
             )
-    except OSError as error:
-        raise InputError(f"cannot write the cache of encodings: {error}; set HF_HOME") from error
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(reason, OSError):
+            raise
+        raise InputError(f"cannot write the cache of encodings: {reason}; set HF_HOME") from error
     reasons = [reason for reason in encodings["skipped"] if reason]
     report_skipped(reasons, len(records), f"--train_data {settings.train_data}")
     if reasons:
@@ -1396,6 +1401,13 @@ def initialize_model_with_tokens(
     return model, tokenizer
 
 
+@lru_cache
+def constant(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """A tensor made once: each new one would have the GPU waited for."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
+
+
 class TokenRows(TrainableTokensLayer):
     """PEFT's trainable token rows without its copy of the whole matrix in every pass, nor the
     gradient of a whole matrix in every backward: a gigabyte each for a vocabulary of 152,000."""
@@ -1407,7 +1419,7 @@ class TokenRows(TrainableTokensLayer):
             return super().forward_adapters(x, active_adapters, *args, **kwargs)
         (adapter,) = active_adapters
         result = self.base_layer(x)
-        ids = torch.tensor(self.token_indices[adapter], device=x.device)
+        ids = constant(tuple(self.token_indices[adapter]), x.device)
         rows = self.trainable_tokens_delta[adapter].to(result.dtype)
         if x.is_floating_point():  # the head: hidden states in, logits out
             return result.index_copy(-1, ids, torch.nn.functional.linear(x, rows).to(result.dtype))
@@ -1481,7 +1493,9 @@ def use_lean_layers(model: PeftModel) -> None:
         if isinstance(getattr(module, "act_fn", None), torch.nn.SiLU | SiLUActivation) and all(
             hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")
         ):
-            module.forward = partial(lean_mlp, module)
+            kind = type(module)
+            if kind.forward is not lean_mlp:
+                module.__class__ = type(f"Lean{kind.__name__}", (kind,), {"forward": lean_mlp})
 
 
 def is_activated(model: PeftModel) -> bool:
@@ -1591,8 +1605,10 @@ def exact_logits(model: PeftModel, cache: Any, mask: torch.Tensor, ids: Confiden
     head = model.get_base_model().get_output_embeddings()
     hidden = []
     handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0][:, -1]))
-    logits = invoke_marker(model, cache, mask, ids.marker).float()
-    handle.remove()
+    try:
+        logits = invoke_marker(model, cache, mask, ids.marker).float()
+    finally:
+        handle.remove()
     rows = head.token_adapter.trainable_tokens_delta[model.active_adapter]
     logits[:, ids.all] = hidden[0].float() @ rows.float().T
     return logits
@@ -1818,6 +1834,9 @@ def peak_memory(reset: bool = False) -> int:
     if not sys.platform.startswith("linux"):
         return psutil.Process().memory_info().rss
     if reset:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)  # what keep_freed_memory() keeps shall not count
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
@@ -1828,8 +1847,7 @@ def keep_freed_memory() -> None:
     the system, which zeroes every page anew at the next allocation: a sixth of a step's time."""
     if not torch.cuda.is_available() and sys.platform.startswith("linux"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if mallopt:
-            mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        if mallopt and mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD; an old glibc refuses so much
             mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
@@ -1873,7 +1891,7 @@ def label_loss(
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         labels = labels[:, 1:][labelled]
     losses = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-    special = torch.isin(labels, torch.tensor(ids.all, device=labels.device))
+    special = torch.isin(labels, constant(tuple(ids.all), labels.device))
     return (losses * torch.where(special, 1.0, HELD_WEIGHT)).sum(), len(labels)
 
 
@@ -1901,12 +1919,14 @@ def largest_batch(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     limit = memory_limit() - 12 * trained  # Adam's two moments, and the buckets that DDP sums in
 
+    devices = [model.device] if model.device.type == "cuda" else []
+
     def peak(count: int) -> float:
         batch = collator([encodings[i] for i in longest[:count]])
         batch = {name: part.to(model.device) for name, part in batch.items()}
         peak_memory(reset=True)
         try:
-            with torch.random.fork_rng(), autocast:
+            with torch.random.fork_rng(devices), autocast:
                 loss, labels = label_loss(model, batch, ids)
             (loss / labels).backward()
         except torch.OutOfMemoryError:
@@ -1921,7 +1941,7 @@ def largest_batch(
     if one > limit:
         return 0
     a_record = max(1, peak(min(2, len(longest))) - one)
-    room = min(1 + (limit - one) / a_record, max(1, ENOUGH_TOKENS / lengths[longest[0]]))
+    room = min(1 + (limit - one) / a_record, max(1, ENOUGH_TOKENS / np.median(lengths)))
     for size in range(int(min(room, len(longest))), 1, -1):
         if most % size == 0 and (taken := peak(size)) <= limit:
             say(f"the {size} longest records take {taken / 1e9:.1f} of {limit / 1e9:.1f} GB")
@@ -2105,6 +2125,7 @@ class ValidationCallback(TrainerCallback):
             self.samples[name] = fit_records(tokenizer, sample, room, f"validation set {name}")
         self.history: list[dict] = []  # the lines of validation.jsonl, on the main process
         self.last_step = -1
+        self.most_at_once = math.inf  # records that this process's memory has room for
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Takes up the history of the run that is resumed, up to the checkpoint's step."""
@@ -2169,14 +2190,16 @@ class ValidationCallback(TrainerCallback):
         return figures, scores
 
     def _score(self, model: PeftModel, records: list[Record]) -> list:
-        """score_batch() in as many parts as memory asks for."""
-        try:
-            return score_batch(model, self.tokenizer, records, self.max_new_tokens)
-        except torch.OutOfMemoryError:
-            if len(records) == 1:
-                raise
-        torch.cuda.empty_cache()
-        half = len(records) // 2
+        """score_batch() in as many parts as memory asks for, which is remembered."""
+        if len(records) <= self.most_at_once:
+            try:
+                return score_batch(model, self.tokenizer, records, self.max_new_tokens)
+            except torch.OutOfMemoryError:
+                if len(records) == 1:
+                    raise
+            torch.cuda.empty_cache()
+            self.most_at_once = math.ceil(len(records) / 2)
+        half = math.ceil(len(records) / 2)
         return self._score(model, records[:half]) + self._score(model, records[half:])
 
     def _record(self, model, state, figures, scores, metrics) -> None:
@@ -2604,7 +2627,7 @@ def initialize_fitting_model(
     """
     asked_bits = 8 if settings.load_in_8bit else 4 if settings.load_in_4bit else None
     ladder = [asked_bits] if asked_bits or settings.fp8 or not measure else [None, 8, 4]
-    share = args.per_device_train_batch_size
+    share, asked = args.per_device_train_batch_size, args.gradient_checkpointing
     for bits in ladder:
         model, size = None, 0
         try:
@@ -2626,7 +2649,7 @@ def initialize_fitting_model(
         if not measure:
             return model
         recomputing = [False, True] if settings.adapter == "lora" else [False]
-        for recompute in [True] if args.gradient_checkpointing else recomputing:
+        for recompute in [True] if asked else recomputing:
             if model is not None:
                 if recompute:
                     model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
@@ -2637,18 +2660,33 @@ def initialize_fitting_model(
                 args.per_device_train_batch_size = size
                 args.gradient_accumulation_steps = share // size
                 args.gradient_checkpointing = recompute
+                why = "because nothing fits without"
                 say(
                     f"--batch_size auto: {size} records at a time x {share // size} accumulation"
-                    + (", gradient checkpointing because nothing fits without" * recompute)
-                    + (f", {bits}-bit weights because nothing fits without" if bits else "")
+                    + (f", gradient checkpointing {why}" if recompute and not asked else "")
+                    + (f", {bits}-bit weights {why}" if bits != asked_bits else "")
                 )
                 return model
         del model
+        gc.collect()
         torch.cuda.empty_cache()
     raise InputError(
-        f"not even one record of {max(encodings['length'])} tokens fits into memory, with gradient "
-        "checkpointing and 4-bit weights: a smaller --max_seq_length, or a larger GPU"
+        f"not even one record of {max(encodings['length'])} tokens fits into memory, whatever was "
+        "tried to save some: a smaller --max_seq_length, --load_in_4bit, or a larger GPU"
     )
+
+
+def check_window(model: PeftModel, max_seq_length: int) -> None:
+    """Refuses a model some of whose layers attend to fewer tokens than a sequence may have: a short
+    record in a long batch would lie outside their window, with padding in it."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or [])
+    if sliding and window and window < max_seq_length:
+        raise InputError(
+            f"some layers of this model attend to {window} tokens only, which an activated adapter "
+            f"and recorded validation cannot work with: give --max_seq_length {window} or less"
+        )
 
 
 def run(argv: list[str] | None) -> dict[str, Any]:
@@ -2684,6 +2722,8 @@ def run(argv: list[str] | None) -> dict[str, Any]:
     add_confidence_tokens(tokenizer)
     encodings = encode_dataset(tokenizer, records, settings)
     model = initialize_fitting_model(settings, args, dtype, encodings, measure=auto)
+    if settings.adapter == "activated" or not generate:
+        check_window(model, settings.max_seq_length)
     steps = shorten_intervals(args, len(encodings))
     say(
         f"{len(encodings)} records, {steps} steps of {global_batch_size(args)} records "
@@ -2744,6 +2784,7 @@ def leave() -> None:
     seen, once in hundreds of runs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()  # wandb and its like finish there
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -51,7 +51,7 @@ case $name in
     # A million parameters: few records a step, a high learning rate. An activated
     # adapter's steps cost less, so it can take twice the epochs in the same time.
     batch=4 epochs=3 demo_rate=1e-3
-    [[ " $* " == *" activated "* ]] && batch=8 epochs=6 demo_rate=7e-4
+    [[ " $* " =~ [=\ ]activated\  ]] && batch=8 epochs=6 demo_rate=7e-4
     settings=(--model_name demo/model --train_data tagged/demo/demo_all_tagged.jsonl
       --output_dir checkpoints/demo
       --val_data reading=tagged/demo/demo_val_demo_reading.jsonl
@@ -78,7 +78,7 @@ elif [[ -n $preset ]]; then
   update=(--batch_size "$batch" --gradient_accumulation_steps "$accumulation" --learning_rate "$rate")
   # A 7B model's activations are megabytes a token: 16 long records do not fit without recomputing
   # them. An activated adapter keeps next to none.
-  [[ " $* " == *" activated "* ]] || update+=(--gradient_checkpointing)
+  [[ " $* " =~ [=\ ]activated\  ]] || update+=(--gradient_checkpointing)
 else
   [[ $gpus -ge 1 ]] ||
     fail "a 7B model needs at least one GPU and none is here; 'bash train_fast_4gpu.sh demo' runs on a CPU"

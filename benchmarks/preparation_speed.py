@@ -92,11 +92,11 @@ def main() -> None:
 
     if len(sys.argv) > 1:
         lines = Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()
-        project([json.loads(line) for line in lines], read + encode)
+        project([json.loads(line) for line in lines], read + encode, 2 * sum(lengths))
 
 
-def project(results: list[dict], preparing: float) -> None:
-    """Prints the minutes of a whole run, from the last result of each kind."""
+def project(results: list[dict], preparing: float, tokens: int) -> None:
+    """Prints the minutes of a run on so many tokens, from the last result of each kind."""
     training = next(result for result in reversed(results) if "train" in result)
     for adapter in ("lora", "activated"):
         validation = next(r for r in reversed(results) if r.get("adapter") == adapter)
@@ -108,7 +108,7 @@ def project(results: list[dict], preparing: float) -> None:
         parts = {
             "loading": median("loading_seconds"),
             "tokenising": preparing,
-            "training": 2 * RECORDS * median("tokens_a_record") / median("tokens_per_second"),
+            "training": tokens / median("tokens_per_second"),
             "validating": 5 * 200 * validation["seconds_an_answer"]["generate"],
             "saving": 5 * median("saving_seconds"),
         }

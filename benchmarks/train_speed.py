@@ -130,20 +130,21 @@ def make_trainer(kind: str, folder: Path, options: argparse.Namespace):
 
         use_peft_layers(model, confidence)
         trainer = make_trl_trainer(model, tokenizer, rows, arguments, kind == "trl_tag")
-    if options.same_order:
-        sequential = torch.utils.data.SequentialSampler(trainer.train_dataset)
-        trainer._get_train_sampler = lambda *_: sequential
+    # A length-grouped order begins with its longest batches: take updates from all over it
+    order = list(range(len(rows)) if options.same_order else trainer._get_train_sampler())
+    size = options.batch_size * options.accumulation
+    stride = len(order) // size // options.steps
+    starts = [size * stride * i for i in range(options.steps)]
+    chosen = [index for start in starts for index in order[start : start + size]]
+    trainer._get_train_sampler = lambda *_: chosen
     return trainer, loading
 
 
 def use_peft_layers(model, confidence) -> None:
     """Takes back what use_lean_layers() did: the others train with PEFT as it comes."""
-    ours = {
-        confidence.TokenRows: confidence.TrainableTokensLayer,
-        confidence.LeanLora: confidence.lora.Linear,
-    }
     for module in model.modules():
-        module.__class__ = ours.get(type(module), type(module))
+        if type(module).__module__ == confidence.__name__:
+            module.__class__ = type(module).__base__
 
 
 def more_flags(flags: list[str]) -> dict:
@@ -196,7 +197,6 @@ def work(kind: str, folder: Path, options: argparse.Namespace) -> dict:
         "model_gb": before / 1e9,
         "loading_seconds": loading,
         "saving_seconds": saving,
-        "tokens_a_record": sum(real[used]) / (len(real[used]) * options.batch_size),
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
     }
 

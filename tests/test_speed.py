@@ -3,6 +3,7 @@ validation; and that the benchmarks run."""
 
 import contextlib
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+import weakref
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from train_confidence_lora import (
     Settings,
     ValidationCallback,
     add_confidence_tokens,
+    check_window,
     encode_dataset,
     flops_per_token,
     initialize_model_with_tokens,
@@ -242,6 +245,32 @@ def test_flops_are_counted_by_the_rule(adapter, recompute, factor, tiny_models):
     assert flops_per_token(model, recompute) == factor * weights
 
 
+@pytest.mark.parametrize(("length", "refused"), [(128, False), (256, True)])
+def test_layers_with_a_window_shorter_than_a_sequence_are_refused(length, refused, tiny_models):
+    model, _ = initialize_model_with_tokens(tiny_models["untied"], "activated")
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    model.config.sliding_window = 128
+    if refused:
+        with pytest.raises(InputError, match="give --max_seq_length 128 or less"):
+            check_window(model, length)
+    else:
+        check_window(model, length)
+
+
+def test_a_model_let_go_is_freed_at_once(tiny_models):
+    """The next, smaller one must not be measured beside it."""
+    model, _ = initialize_model_with_tokens(tiny_models["untied"])
+    mlps = [
+        weakref.ref(m.get_base_layer().weight)
+        for name, m in model.named_modules()
+        if name.endswith(("gate_proj", "down_proj"))
+    ]
+    del model
+    gc.collect()
+    assert len(mlps) == 4
+    assert all(mlp() is None for mlp in mlps)
+
+
 def test_a_profile_is_recorded(line, tmp_path):
     main([*line, "--profile", "--max_steps", "6", "--batch_size", "8"])
     (trace,) = (tmp_path / "run" / "logs").glob("*.pt.trace.json")
@@ -288,7 +317,7 @@ def test_validation_that_runs_out_of_memory_goes_on_in_smaller_parts(
 
     monkeypatch.setattr(confidence, "score_batch", small)
     _, parts = callback._validate_dataset(model, "demo")
-    assert sizes[:4] == [32, 16, 8, 8]
+    assert sizes == [32, 16, *[8] * 8]  # what did not fit is not tried again
     assert [s.response for s in parts] == [s.response for s in whole]
     assert [s.confidence for s in parts] == pytest.approx([s.confidence for s in whole], abs=1e-5)
 
