@@ -38,14 +38,14 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from decimal import Decimal, InvalidOperation
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 # ------------------------------------------------------------------------------------------------
 # Constants to edit: each is the default of the flag beside it
@@ -159,10 +159,54 @@ def setting(default: Any, help: str, **options: Any) -> Any:
 
 
 @dataclass
-class Settings:
-    """Settings of a confidence run that transformers' TrainingArguments does not have."""
+class RunSettings:
+    """What every run on this file's trainer can set and transformers' TrainingArguments does not
+    have. A script's own settings derive from it."""
+
+    script: ClassVar[str]  # what its errors are headed by
+    purpose: ClassVar[str]  # the first line of its --help
+    training_defaults: ClassVar[dict[str, Any]] = {}  # where they differ from TRAINING_FLAGS
 
     model_name: str = setting(MODEL_NAME, "model on the Hugging Face Hub, or a folder")
+    trust_remote_code: bool = setting(False, "run the code that the model's folder brings")
+    max_train_samples: int | None = setting(None, "train on the first so many records only")
+    val_samples: int = setting(VAL_SAMPLES, "records drawn from each validation set, once")
+    max_new_tokens: int = setting(256, "longest answer that validation generates, tokens")
+    max_seq_length: int = setting(MAX_SEQ_LENGTH, "longest sequence, tokens")
+    lora_r: int = setting(LORA_R, "rank of the adapter's matrices")
+    lora_alpha: float = setting(LORA_ALPHA, "the adapter is scaled by alpha / r")
+    lora_dropout: float = setting(
+        LORA_DROPOUT, "dropout before the adapter; costs a third of the speed, and memory"
+    )
+    target_modules: list[str] = setting(
+        ["all-linear"], "linear layers with an adapter, by the ends of their names", nargs="+"
+    )
+    global_batch_size: int | None = setting(
+        None,
+        "records in an update: at a time x accumulation x processes (about 128 if not given)",
+    )
+    load_in_8bit: bool = setting(False, "8-bit base weights (bitsandbytes): less memory, slower")
+    load_in_4bit: bool = setting(False, "4-bit NF4 base weights (bitsandbytes)")
+    attn_implementation: str = setting(
+        "sdpa",
+        "attention kernel; flash_attention_2 needs a GPU and the flash-attn package",
+        choices=["sdpa", "flash_attention_2", "eager"],
+    )
+    profile: bool = setting(
+        False, "record updates 3 to 5 in detail into logs/, for TensorBoard or ui.perfetto.dev"
+    )
+    skip_bad_records: bool = setting(False, "leave bad lines out and say how many")
+    overwrite_output_dir: bool = setting(False, "delete the run that --output_dir holds")
+    hf_repo: str | None = setting(None, "push final/ to this repository of the Hugging Face Hub")
+
+
+@dataclass
+class Settings(RunSettings):
+    """Settings of a confidence run."""
+
+    script: ClassVar[str] = "train_confidence_lora.py"
+    purpose: ClassVar[str] = __doc__.split("\n")[0]
+
     train_data: str = setting(TRAIN_DATA, "tagged answers, JSON Lines (.jsonl or .jsonl.gz)")
     val_data: list[str] = setting(
         [],
@@ -171,14 +215,12 @@ class Settings:
         nargs="+",
         metavar="NAME=PATH",
     )
-    val_samples: int = setting(VAL_SAMPLES, "records drawn from each validation set, once")
     validation_answers: str | None = setting(
         None,
         "generate: the model answers and is judged (default with --val_data); "
         "recorded: the answer in the data is scored, its tag is the truth (default without)",
         choices=["generate", "recorded"],
     )
-    max_new_tokens: int = setting(256, "longest answer that validation generates, tokens")
     max_seq_length: int = setting(
         MAX_SEQ_LENGTH, "longest sequence, tokens; longer records lose their middle, never the tag"
     )
@@ -188,35 +230,13 @@ class Settings:
         "activated: the base model's answers stay untouched and the adapter acts on the marker",
         choices=["lora", "activated"],
     )
-    lora_r: int = setting(LORA_R, "rank of the adapter's matrices")
-    lora_alpha: float = setting(LORA_ALPHA, "the adapter is scaled by alpha / r")
-    lora_dropout: float = setting(
-        LORA_DROPOUT, "dropout before the adapter; costs a third of the speed, and memory"
-    )
-    global_batch_size: int | None = setting(
-        None,
-        "records in an update: at a time x accumulation x processes (about 128 if not given)",
-    )
-    load_in_8bit: bool = setting(False, "8-bit base weights (bitsandbytes): less memory, slower")
-    load_in_4bit: bool = setting(False, "4-bit NF4 base weights (bitsandbytes)")
     fp8: bool = setting(
         False, "8-bit floating-point products with the base weights: H100 and newer, unmeasured"
-    )
-    attn_implementation: str = setting(
-        "sdpa",
-        "attention kernel; flash_attention_2 needs a GPU and the flash-attn package",
-        choices=["sdpa", "flash_attention_2", "eager"],
     )
     calib_beta: int = setting(100, "calibration error: answers in a bin")
     calib_p_norm: str = setting(
         "2", "calibration error: norm over the bins", choices=["1", "2", "infty"]
     )
-    profile: bool = setting(
-        False, "record updates 3 to 5 in detail into logs/, for TensorBoard or ui.perfetto.dev"
-    )
-    skip_bad_records: bool = setting(False, "leave bad lines out and say how many")
-    overwrite_output_dir: bool = setting(False, "delete the run that --output_dir holds")
-    hf_repo: str | None = setting(None, "push final/ to this repository of the Hugging Face Hub")
 
 
 def parse_bool(text: str) -> bool:
@@ -241,18 +261,18 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see --help\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The flags of Settings and TRAINING_FLAGS; needs nothing that is slow to import."""
+def build_parser(kind: type[RunSettings] = Settings) -> argparse.ArgumentParser:
+    """The flags of `kind` and TRAINING_FLAGS; needs nothing that is slow to import."""
     parser = OneLineParser(
-        prog="train_confidence_lora.py",
-        description=__doc__.split("\n")[0],
+        prog=kind.script,
+        description=kind.purpose,
         epilog="Every other flag of transformers.TrainingArguments works under its own name.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    ours = parser.add_argument_group("confidence training")
-    for item in fields(Settings):
-        default = item.default if item.default is not MISSING else []
+    ours = parser.add_argument_group("this script's")
+    for item in fields(kind):
+        default = item.default if item.default is not MISSING else item.default_factory()
         options: dict[str, Any] = {"default": default, **item.metadata}
         if item.type == "bool":
             options.update(BOOLEAN)
@@ -262,6 +282,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     theirs = parser.add_argument_group("training")
     for name, (default, help) in TRAINING_FLAGS.items():
+        default = kind.training_defaults.get(name, default)
         names = [f"--{part}" for part in (ALIASES.get(name), name) if part]
         options = {"dest": name, "default": default, "help": help, "type": type(default)}
         if default is None:
@@ -314,15 +335,17 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import is_liger_kernel_available
 
 
-def parse_command_line(argv: list[str] | None) -> tuple[Settings, dict[str, Any]]:
-    """Settings, and the keyword arguments for TrainingArguments, of a command line.
+def parse_command_line(
+    argv: list[str] | None, kind: type[RunSettings] = Settings
+) -> tuple[RunSettings, dict[str, Any]]:
+    """Settings of `kind`, and the keyword arguments for TrainingArguments, of a command line.
 
     Exits with code 2 and one sentence on an unknown flag or a value of the wrong type.
     """
-    parser = build_parser()
+    parser = build_parser(kind)
     known, rest = parser.parse_known_args(argv)
     training = vars(known)
-    settings = Settings(**{item.name: training.pop(item.name) for item in fields(Settings)})
+    settings = kind(**{item.name: training.pop(item.name) for item in fields(kind)})
     if rest:
         theirs = HfArgumentParser(TrainingArguments, prog=parser.prog, allow_abbrev=False)
         theirs.error = parser.error
@@ -338,8 +361,8 @@ def parse_command_line(argv: list[str] | None) -> tuple[Settings, dict[str, Any]
     return settings, training
 
 
-def check_settings(settings: Settings, training: dict[str, Any]) -> None:
-    """Refuses impossible combinations and missing files before anything is loaded.
+def check_run_settings(settings: RunSettings, training: dict[str, Any]) -> None:
+    """Refuses what is impossible in any run, before anything is loaded.
 
     Raises:
         InputError: naming the flag and the remedy.
@@ -347,19 +370,14 @@ def check_settings(settings: Settings, training: dict[str, Any]) -> None:
     values = {**asdict(settings), **training}
     exclusive = "bf16 fp16", "load_in_8bit load_in_4bit", "fp8 load_in_8bit", "fp8 load_in_4bit"
     for one, other in map(str.split, exclusive):
-        if values[one] and values[other]:
+        if values.get(one) and values.get(other):
             raise InputError(f"--{one} and --{other} exclude each other: give one of them")
-    if settings.adapter == "activated" and values.get("gradient_checkpointing"):
-        raise InputError(
-            "--gradient_checkpointing does nothing for --adapter activated, whose gradient passes "
-            "through one token: leave it out"
-        )
     for name in (
         "val_samples lora_r calib_beta max_new_tokens num_train_epochs learning_rate "
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-        "global_batch_size"
+        "global_batch_size max_train_samples vocab_size hidden_size num_heads num_layers num_beams"
     ).split():
-        if values[name] not in ("auto", None) and not values[name] > 0:
+        if values.get(name) not in ("auto", None) and not values[name] > 0:
             raise InputError(f"--{name} is {values[name]}: give a number above 0")
     if settings.max_seq_length < 64:
         raise InputError(f"--max_seq_length is {settings.max_seq_length}: give at least 64 tokens")
@@ -368,6 +386,16 @@ def check_settings(settings: Settings, training: dict[str, Any]) -> None:
             raise InputError("--use_liger_kernel needs a GPU, and none is here: leave it out")
         if not is_liger_kernel_available():
             raise InputError("--use_liger_kernel needs a package: pip install liger-kernel")
+
+
+def check_settings(settings: Settings, training: dict[str, Any]) -> None:
+    """check_run_settings(), and what only a confidence run can get wrong."""
+    check_run_settings(settings, training)
+    if settings.adapter == "activated" and training.get("gradient_checkpointing"):
+        raise InputError(
+            "--gradient_checkpointing does nothing for --adapter activated, whose gradient passes "
+            "through one token: leave it out"
+        )
     if not Path(settings.train_data).is_file():
         raise InputError(
             f"--train_data {settings.train_data} does not exist; make it with: "
@@ -465,8 +493,13 @@ def split_tag(tagged_response: Any, domain: str) -> dict[str, Any]:
     return {"response": response.rstrip(), "confident": TAG_MEANING[tags[0]][1]}
 
 
-def read_records(path: str | Path, skip_bad: bool = False) -> list[Record]:
+def read_records(
+    path: str | Path, skip_bad: bool = False, parse: Callable[[str], dict] = parse_record
+) -> list[Record]:
     """The records of a JSON Lines file (.jsonl or .jsonl.gz), in order; blank lines are no records.
+
+    Args:
+        parse: makes a record of a line, or raises ValueError with the reason why it cannot.
 
     Raises:
         InputError: if the file cannot be read, holds no record, or has bad lines; these are listed,
@@ -481,7 +514,7 @@ def read_records(path: str | Path, skip_bad: bool = False) -> list[Record]:
                 if not line.strip():
                     continue
                 try:
-                    records.append({**parse_record(line), "line": number})
+                    records.append({**parse(line), "line": number})
                 except ValueError as error:
                     problems.append(f"{path}:{number}: {error}")
     except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -533,6 +566,12 @@ def read_hub_dataset(name: str, location: str) -> list[Record]:
         except ValueError as error:
             raise InputError(f"--val_data {name}={location}, row {number}: {error}") from None
     return records
+
+
+def draw_sample(records: list, most: int, seed: str) -> list:
+    """At most `most` of the records, drawn by seed, in their order."""
+    chosen = random.Random(seed).sample(range(len(records)), min(most, len(records)))
+    return [records[i] for i in sorted(chosen)]
 
 
 def hold_out(records: list[Record], share: float, most: int, seed: int) -> tuple[list, list]:
@@ -724,21 +763,37 @@ def encode_records(
 def encode_dataset(
     tokenizer: PreTrainedTokenizerBase, records: list[Record], settings: Settings
 ) -> datasets.Dataset:
-    """encode_records() as a dataset of `input_ids`, `labels` and `length` on disk.
+    """encode_records() as a dataset on disk: see cache_encodings()."""
+    options = {"adapter": settings.adapter, "max_tokens": settings.max_seq_length}
+    what = f"--train_data {settings.train_data}"
+    return cache_encodings(encode_records, tokenizer, records, options, what)
+
+
+def cache_encodings(
+    encode: Callable[..., Iterator[dict[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    records: list,
+    options: dict[str, Any],
+    what: str,
+    *files: str,
+) -> datasets.Dataset:
+    """What encode(tokenizer, records, **options) yields, without what it marks as `skipped`, as a
+    dataset of `input_ids`, `labels` and `length` on disk.
 
     One process of a machine encodes; the others, and later runs on the same content, read what it
     wrote to the datasets library's cache. What decides the encodings is the key: records,
-    tokenizer, settings, and this file.
+    tokenizer, options, this file and what other `files` encode.
     """
-    options = {"adapter": settings.adapter, "max_tokens": settings.max_seq_length}
     datasets.disable_progress_bars()
-    key = hashlib.sha256(Path(__file__).read_bytes())
+    key = hashlib.sha256()
+    for file in (__file__, *files):
+        key.update(Path(file).read_bytes())
     key.update(tokenizer.backend_tokenizer.to_str().encode())
     key.update(json.dumps([tokenizer.chat_template, options, records]).encode())
     try:
         with PartialState().local_main_process_first():
             encodings = datasets.Dataset.from_generator(
-                lambda: encode_records(tokenizer, records, **options), fingerprint=key.hexdigest()
+                lambda: encode(tokenizer, records, **options), fingerprint=key.hexdigest()
             )
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
         reason = error if isinstance(error, OSError) else error.__cause__
@@ -746,7 +801,7 @@ def encode_dataset(
             raise
         raise InputError(f"cannot write the cache of encodings: {reason}; set HF_HOME") from error
     reasons = [reason for reason in encodings["skipped"] if reason]
-    report_skipped(reasons, len(records), f"--train_data {settings.train_data}")
+    report_skipped(reasons, len(encodings), what)
     if reasons:
         encodings = encodings.filter(lambda skipped: not skipped, input_columns="skipped")
     return encodings.remove_columns("skipped")
@@ -1135,14 +1190,14 @@ class Score(NamedTuple):
 # Model and tokenizer
 
 
-def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token.
 
     Raises:
         InputError: if there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
+        tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
@@ -1160,6 +1215,7 @@ def load_base_model(
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
     fp8: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The pretrained model on this process's own device, its weights in `dtype` or quantised.
 
@@ -1183,6 +1239,7 @@ def load_base_model(
             attn_implementation=attn_implementation,
             quantization_config=quantization,
             device_map={"": device},
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, ImportError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -1355,6 +1412,7 @@ def initialize_model_with_tokens(
     lora_r: int = LORA_R,
     lora_alpha: float = LORA_ALPHA,
     lora_dropout: float = LORA_DROPOUT,
+    target_modules: list[str] | None = None,
     **loading: Any,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The base model wrapped in a fresh adapter whose tag and marker rows train, and its tokenizer.
@@ -1367,6 +1425,7 @@ def initialize_model_with_tokens(
         model_name: model on the Hugging Face Hub, or a folder.
         adapter: "lora", or "activated" for one that acts from the marker on (PEFT's aLoRA).
         lora_r, lora_alpha, lora_dropout: rank, scale times r, dropout of the adapter.
+        target_modules: see lora_config().
         loading: passed to load_base_model().
 
     Returns:
@@ -1375,7 +1434,7 @@ def initialize_model_with_tokens(
     Raises:
         InputError: if the model cannot be found or loaded.
     """
-    tokenizer = load_tokenizer(model_name)
+    tokenizer = load_tokenizer(model_name, loading.get("trust_remote_code", False))
     model = load_base_model(model_name, **loading)
     add_confidence_rows(model, tokenizer, add_confidence_tokens(tokenizer))
     ids = confidence_ids(tokenizer)
@@ -1387,18 +1446,37 @@ def initialize_model_with_tokens(
         for name, module in model.named_modules()
         if any(module is part for part in trained)
     ]
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
+    model = add_adapter(
+        model,
         r=lora_r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
-        target_modules="all-linear",
+        target_modules=target_modules,
         trainable_token_indices=dict.fromkeys(names, ids.all),
         alora_invocation_tokens=[ids.marker] if adapter == "activated" else None,
     )
-    model = get_peft_model(model, config)
-    use_lean_layers(model)
     return model, tokenizer
+
+
+def add_adapter(
+    model: PreTrainedModel, target_modules: list[str] | None = None, **options: Any
+) -> PeftModel:
+    """The model in a fresh LoRA of PEFT's LoraConfig(**options), on every linear layer or on those
+    whose names end as `target_modules` say.
+
+    Raises:
+        InputError: if the model has no such layer.
+    """
+    every = target_modules in (None, ["all-linear"])
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear" if every else target_modules, **options
+    )
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"--target_modules {target_modules}: {error}") from error
+    use_lean_layers(model)
+    return model
 
 
 @lru_cache
@@ -1502,6 +1580,12 @@ def is_activated(model: PeftModel) -> bool:
     return bool(model.peft_config[model.active_adapter].alora_invocation_tokens)
 
 
+def replace_folder(folder: Path, new: Path) -> None:
+    """Puts the folder `new` in the place of `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+
+
 def save_adapter(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -1539,8 +1623,7 @@ Load it with this folder's tokenizer. If that is longer than the base model's em
 
 {table}"""
     (new / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
+    replace_folder(folder, new)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1645,8 +1728,9 @@ def generate_answers(
     max_new_tokens: int,
     confidence: ConfidenceIds | None = None,
     write_tags: bool = False,
+    **options: Any,
 ) -> Generated:
-    """Greedy answers to a batch of prompts.
+    """Greedy answers to a batch of prompts; `options` go to generate().
 
     With `write_tags` the model goes on to marker and tag and stops there; otherwise it stops at the
     end of its turn, and the ids of `confidence`, if given, are kept out of the answer.
@@ -1672,6 +1756,7 @@ def generate_answers(
             suppress_tokens=confidence.all if confidence and not write_tags else None,
             return_dict_in_generate=True,
         ),
+        **options,
     )
     new = output.sequences[:, ids.shape[1] :]
     answer_ends = ends | tag_ids | ({confidence.marker} if confidence else set())
@@ -1780,10 +1865,10 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
 
 
 @contextmanager
-def logits_only_at(model: PeftModel, wanted: torch.Tensor) -> Iterator[None]:
+def logits_only_at(model: torch.nn.Module, wanted: torch.Tensor) -> Iterator[None]:
     """Within it the model's logits are (n, vocabulary), of the n positions where the (batch,
     length) mask `wanted` is true. A vocabulary is large; most positions need no logits."""
-    head = model.get_base_model().get_output_embeddings()
+    head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda module, args: (args[0][wanted], *args[1:]))
     try:
         yield
@@ -1899,9 +1984,51 @@ ENOUGH_TOKENS = 16_384  # in a pass: more at once are no faster
 ENOUGH_CHARACTERS = 16_384  # of recorded answers in a pass, likewise
 
 
+class Recipe(NamedTuple):
+    """What a run needs to know of what it trains."""
+
+    build: Callable[[int | None], PreTrainedModel | PeftModel]  # model with 8- or 4-bit weights
+    collator: Callable[[list[dict]], dict[str, torch.Tensor]]
+    # (model, batch): the loss summed over the batch's labels, and how many these are
+    batch_loss: Callable[[torch.nn.Module, dict[str, torch.Tensor]], tuple[torch.Tensor, int]]
+    flops_per_token: Callable[[PreTrainedModel | PeftModel, bool], float]  # with recomputation?
+    recomputable: bool = True  # whether gradient checkpointing can save memory
+    quantizable: bool = True  # whether the weights may be quantised where memory asks for it
+
+
+def confidence_recipe(settings: Settings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype):
+    """The Recipe of a confidence run."""
+
+    def build(bits: int | None) -> PeftModel:
+        model, _ = initialize_model_with_tokens(
+            settings.model_name,
+            settings.adapter,
+            settings.lora_r,
+            settings.lora_alpha,
+            settings.lora_dropout,
+            settings.target_modules,
+            dtype=dtype,
+            attn_implementation=settings.attn_implementation,
+            load_in_8bit=bits == 8,
+            load_in_4bit=bits == 4,
+            fp8=settings.fp8,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        return model
+
+    return Recipe(
+        build,
+        Collator(tokenizer.pad_token_id),
+        partial(label_loss, ids=confidence_ids(tokenizer)),
+        flops_per_token,
+        recomputable=settings.adapter == "lora",
+        quantizable=not settings.fp8,
+    )
+
+
 def largest_batch(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | PeftModel,
+    recipe: Recipe,
     encodings: datasets.Dataset,
     most: int,
     autocast: AbstractContextManager,
@@ -1915,19 +2042,18 @@ def largest_batch(
     """
     lengths = list(encodings["length"])
     longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:most]
-    collator, ids = Collator(tokenizer.pad_token_id), confidence_ids(tokenizer)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     limit = memory_limit() - 12 * trained  # Adam's two moments, and the buckets that DDP sums in
 
     devices = [model.device] if model.device.type == "cuda" else []
 
     def peak(count: int) -> float:
-        batch = collator([encodings[i] for i in longest[:count]])
+        batch = recipe.collator([encodings[i] for i in longest[:count]])
         batch = {name: part.to(model.device) for name, part in batch.items()}
         peak_memory(reset=True)
         try:
             with torch.random.fork_rng(devices), autocast:
-                loss, labels = label_loss(model, batch, ids)
+                loss, labels = recipe.batch_loss(model, batch)
             (loss / labels).backward()
         except torch.OutOfMemoryError:
             return math.inf
@@ -1949,19 +2075,20 @@ def largest_batch(
     return 1
 
 
-class ConfidenceTrainer(Trainer):
+class LabelTrainer(Trainer):
     """Trainer whose loss, and whose logits, are only where a label is, and which validates through
     its callbacks instead of a loss on a second dataset."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, recipe: Recipe, **kwargs: Any) -> None:
+        super().__init__(data_collator=recipe.collator, **kwargs)
+        self.batch_loss = recipe.batch_loss
+        recompute = self.args.gradient_checkpointing
+        self.flops_per_token = recipe.flops_per_token(self.model, recompute)
         self.model_accepts_loss_kwargs = True  # we divide by the labels of the whole global batch
         self._loss_shifts_labels = False  # and the collator's labels hold no first column to drop
-        self.confidence_ids = confidence_ids(self.processing_class)
         # What this process has trained on: real tokens, labels, their summed cross-entropy
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         self.timed = (time.perf_counter(), 0.0)  # when, and of how many tokens, log() last told
-        self.flops_per_token = flops_per_token(self.model, self.args.gradient_checkpointing)
 
     def compute_loss(
         self,
@@ -1970,8 +2097,8 @@ class ConfidenceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """label_loss() divided by the labels of all processes and accumulation steps."""
-        loss, count = label_loss(model, inputs, self.confidence_ids)
+        """The loss divided by the labels of all processes and accumulation steps."""
+        loss, count = self.batch_loss(model, inputs)
         tokens = inputs["attention_mask"].sum()
         self.totals += torch.stack([tokens, tokens.new_tensor(count), loss.detach()])
         if num_items_in_batch is None:
@@ -2013,7 +2140,8 @@ class ConfidenceTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # Into the existing checkpoint folder; PEFT would add the whole embedding, Trainer a pickle
-        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+        options = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
+        self.model.save_pretrained(output_dir, state_dict=state_dict, **options)
         self.processing_class.save_pretrained(output_dir)
 
 
@@ -2079,53 +2207,34 @@ class ProfileCallback(TrainerCallback):
 # ValidationCallback
 
 
-class ValidationCallback(TrainerCallback):
-    """Measures how well the tags know which answers are right, on a fixed sample of each set.
+class EvaluationCallback(TrainerCallback):
+    """Measures a model on samples of validation sets, and keeps what it found.
 
-    The sample is drawn once, by seed, and split over the processes in whole batches, so that each
-    record is scored exactly once. Each validation
-
-    - adds `eval_<set>_<metric>`, and `eval_<metric>` as the mean over the sets, to the metrics
-      that Trainer chooses its best model by (`--metric_for_best_model auroc`), NaN if undefined;
-    - prints a table, appends a line to `validation.jsonl`, draws `reliability.png`, and, through
-      `writer`, adds the picture to TensorBoard;
-    - keeps `best_accuracy/` and `best_calibration/`, by the mean over the sets, once training has
-      begun.
+    Each evaluation adds `eval_<set>_<metric>`, and `eval_<metric>` as the mean over the sets, to
+    the metrics that Trainer chooses its best model by (`--metric_for_best_model auroc`), NaN if
+    undefined; prints a table, and appends a line to `validation.jsonl`.
     """
 
-    def __init__(
-        self,
-        sets: dict[str, list[Record]],
-        tokenizer: PreTrainedTokenizerBase,
-        settings: Settings,
-        output_dir: str | Path,
-        generate: bool,
-        batch_size: int = 32,
-        seed: int = 42,
-        writer: Any = None,
-    ) -> None:
-        """
-        Args:
-            sets: records by name; the sample is drawn from them.
-            generate: whether the model answers, or the recorded answers are scored.
-            batch_size: answers at a time on each process.
-            writer: a SummaryWriter, or None.
-        """
-        self.tokenizer, self.settings, self.output_dir = tokenizer, settings, Path(output_dir)
-        self.max_new_tokens = settings.max_new_tokens if generate else None
-        self.batch_size, self.writer = batch_size, writer
-        self.samples: dict[str, list[Record]] = {}
-        room = settings.max_seq_length - 2 - (MIN_ANSWER_TOKENS if generate else 0)
-        for name, records in sets.items():
-            if generate:  # the answer will take the recorded one's place
-                records = [{**record, "response": ""} for record in records]
-            count = min(settings.val_samples, len(records))
-            chosen = random.Random(f"{seed} {name}").sample(range(len(records)), count)
-            sample = [records[i] for i in sorted(chosen)]
-            self.samples[name] = fit_records(tokenizer, sample, room, f"validation set {name}")
+    means: tuple[str, ...] = ()  # metrics whose mean over the sets is one too
+
+    def __init__(self, output_dir: str | Path, samples: dict[str, list]) -> None:
+        self.output_dir, self.samples = Path(output_dir), samples
+        self.writer = None  # a SummaryWriter, on the main process
         self.history: list[dict] = []  # the lines of validation.jsonl, on the main process
         self.last_step = -1
-        self.most_at_once = math.inf  # records that this process's memory has room for
+
+    def _validate_dataset(self, model: torch.nn.Module, name: str) -> tuple[dict, Any]:
+        """The metrics of a sample with `runtime` in seconds, and what they were made from; the same
+        on every process."""
+        raise NotImplementedError
+
+    def _table(self, figures: dict[str, dict]) -> str:
+        raise NotImplementedError
+
+    def _keep(self, model, step: int, figures: dict, scores: dict, means: dict) -> dict:
+        """Writes what else belongs to an evaluation; returns what its line shall hold. Main process
+        only."""
+        return {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Takes up the history of the run that is resumed, up to the checkpoint's step."""
@@ -2144,11 +2253,66 @@ class ValidationCallback(TrainerCallback):
             for metric, value in figures[name].items():
                 metrics[f"eval_{name}_{metric}"] = math.nan if value is None else value
         model.train(was_training)
-        for metric in MEANS_OVER_SETS:
+        means = {}
+        for metric in self.means:
             values = [figure[metric] for figure in figures.values() if figure[metric] is not None]
-            metrics[f"eval_{metric}"] = sum(values) / len(values) if values else math.nan
-        if state.is_world_process_zero:
-            self._record(model, state, figures, scores, metrics)
+            means[metric] = sum(values) / len(values) if values else math.nan
+            metrics[f"eval_{metric}"] = means[metric]
+        if not state.is_world_process_zero or not figures:
+            return
+        say(f"\nvalidation at step {state.global_step}\n{self._table(figures)}\n")
+        kept = self._keep(model, state.global_step, figures, scores, means)
+        line = {"step": state.global_step, "epoch": state.epoch or 0.0, **kept, "datasets": figures}
+        self.history.append(line)
+        lines = [json.dumps(line) + "\n" for line in self.history]
+        (self.output_dir / "validation.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def last_and_first(self) -> tuple[dict | None, dict | None]:
+        """The figures of the last evaluation, and those before training."""
+        last = self.history[-1]["datasets"] if self.history else None
+        return last, next((line["datasets"] for line in self.history if line["step"] == 0), None)
+
+
+class ValidationCallback(EvaluationCallback):
+    """Measures how well the tags know which answers are right, on a fixed sample of each set.
+
+    The sample is drawn once, by seed, and split over the processes in whole batches, so that each
+    record is scored exactly once. Beside what every EvaluationCallback does, each validation draws
+    `reliability.png`, which TensorBoard gets too, and keeps `best_accuracy/` and
+    `best_calibration/`, by the mean over the sets, once training has begun.
+    """
+
+    means = tuple(
+        "accuracy answer_accuracy calibration_error ece brier nll auroc mean_confidence "
+        "missing_tag_rate wrong_domain_rate unparsed_rate".split()
+    )
+
+    def __init__(
+        self,
+        sets: dict[str, list[Record]],
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Settings,
+        output_dir: str | Path,
+        generate: bool,
+        batch_size: int = 32,
+        seed: int = 42,
+    ) -> None:
+        """
+        Args:
+            sets: records by name; the sample is drawn from them.
+            generate: whether the model answers, or the recorded answers are scored.
+            batch_size: answers at a time on each process.
+        """
+        super().__init__(output_dir, {})
+        self.tokenizer, self.settings, self.batch_size = tokenizer, settings, batch_size
+        self.max_new_tokens = settings.max_new_tokens if generate else None
+        room = settings.max_seq_length - 2 - (MIN_ANSWER_TOKENS if generate else 0)
+        for name, records in sets.items():
+            if generate:  # the answer will take the recorded one's place
+                records = [{**record, "response": ""} for record in records]
+            sample = draw_sample(records, settings.val_samples, f"{seed} {name}")
+            self.samples[name] = fit_records(tokenizer, sample, room, f"validation set {name}")
+        self.most_at_once = math.inf  # records that this process's memory has room for
 
     def _validate_dataset(self, model: PeftModel, name: str) -> tuple[dict, list[Score]]:
         """Scores the sample of one set on all processes.
@@ -2202,38 +2366,27 @@ class ValidationCallback(TrainerCallback):
         half = math.ceil(len(records) / 2)
         return self._score(model, records[:half]) + self._score(model, records[half:])
 
-    def _record(self, model, state, figures, scores, metrics) -> None:
-        step, epoch = state.global_step, state.epoch or 0.0
-        say(f"\nvalidation at step {step}\n{format_table(figures)}\n")
+    def _table(self, figures: dict[str, dict]) -> str:
+        return format_table(figures)
+
+    def _keep(self, model, step, figures, scores, means) -> dict:
         for name, key, sign in (
             ("best_accuracy", "accuracy", 1),
             ("best_calibration", "calibration_error", -1),
         ):
-            value = sign * metrics[f"eval_{key}"]
+            value = sign * means[key]
             earlier = [line[name] for line in self.history if line["step"] > 0]
             if step > 0 and value > max((sign * best for best in earlier), default=-math.inf):
                 save_adapter(model, self.tokenizer, self.output_dir / name, figures)
-        self.history.append(
-            {
-                "step": step,
-                "epoch": epoch,
-                "best_accuracy": metrics["eval_accuracy"],
-                "best_calibration": metrics["eval_calibration_error"],
-                "datasets": figures,
-            }
-        )
-        lines = [json.dumps(line) + "\n" for line in self.history]
-        (self.output_dir / "validation.jsonl").write_text("".join(lines), encoding="utf-8")
         figure = reliability_figure(scores, figures)
         figure.savefig(self.output_dir / "reliability.png", dpi=110)
         if self.writer is not None:
             self.writer.add_figure("validation/reliability", figure, step)
+        return {
+            "best_accuracy": means["accuracy"],
+            "best_calibration": means["calibration_error"],
+        }
 
-
-MEANS_OVER_SETS = (
-    "accuracy answer_accuracy calibration_error ece brier nll auroc mean_confidence "
-    "missing_tag_rate wrong_domain_rate unparsed_rate"
-).split()
 
 TABLE_COLUMNS = {  # heading: metric
     "answers": "num_samples",
@@ -2299,6 +2452,23 @@ def reliability_figure(scores: dict[str, list[Score]], figures: dict[str, dict])
 
 # ------------------------------------------------------------------------------------------------
 # The run
+
+
+def read_training_records(settings: Settings) -> list[Record]:
+    """The tagged records of --train_data.
+
+    Raises:
+        InputError: if one has no tag, or if nothing can be learned from them.
+    """
+    records = read_records(settings.train_data, settings.skip_bad_records)
+    records = records[: settings.max_train_samples]
+    for record in records:
+        if "response" not in record:
+            raise InputError(
+                f'{settings.train_data}:{record["line"]}: "tagged_response" is missing'
+            )
+    check_classes(records, settings.train_data)
+    return records
 
 
 def check_classes(records: list[Record], path: str) -> None:
@@ -2430,6 +2600,7 @@ def settings_to_save(settings: Settings, training: dict[str, Any]) -> dict[str, 
     """Every setting of the run by its flag's name, without secrets, and the libraries' versions."""
     flags = {**asdict(settings), **training}
     return {
+        **({} if "task" in flags else {"task": "confidence"}),
         **{key: value for key, value in sorted(flags.items()) if not key.endswith("token")},
         "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
         "versions": {
@@ -2478,6 +2649,7 @@ def make_training_arguments(
         "ddp_find_unused_parameters": False,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},  # what DDP can work with
         "disable_tqdm": True,
+        "use_cache": True,  # into the saved configuration; training passes ask for none
     }
     report_to = [name for name in report_targets(training) if name != "tensorboard"]  # see run()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -2564,60 +2736,76 @@ def start_output_dir(folder: Path, saved: dict[str, Any], resuming: bool) -> Non
 
 
 def finish(
-    trainer: ConfidenceTrainer, validation: ValidationCallback, settings: Settings, result: dict
+    trainer: LabelTrainer, validation: ValidationCallback, settings: Settings
 ) -> dict[str, Any]:
-    """Writes final/ and summary.json, pushes if asked, prints before and after."""
-    args, folder = trainer.args, Path(trainer.args.output_dir)
+    """Writes final/ and the summary, pushes if asked, prints before and after."""
+    folder = validation.output_dir
+    after, before = validation.last_and_first()
+    if trainer.is_world_process_zero():
+        save_adapter(trainer.model, trainer.processing_class, folder / "final", after)
+        say(f"\n{settings.adapter} adapter of {settings.model_name}\n{format_table(after, before)}")
+    return end_run(
+        trainer, validation, settings, adapter=settings.adapter, picture=folder / "reliability.png"
+    )
+
+
+def end_run(
+    trainer: LabelTrainer,
+    validation: EvaluationCallback,
+    settings: RunSettings,
+    picture: Path | None = None,
+    **own: Any,
+) -> dict[str, Any]:
+    """Writes summary.json, with `own` in it, and pushes final/ if asked; says where things are.
+
+    Returns:
+        The summary (empty on other processes than the main one).
+    """
+    args, folder = trainer.args, validation.output_dir
     tokens, labels, loss = trainer.accelerator.reduce(trainer.totals, "sum").tolist()
     if not trainer.is_world_process_zero():
         return {}
-    after = validation.history[-1]["datasets"]
-    before = next((line["datasets"] for line in validation.history if line["step"] == 0), None)
+    after, before = validation.last_and_first()
     spent = sum(
         figure["runtime"] for line in validation.history for figure in line["datasets"].values()
     )
-    save_adapter(trainer.model, trainer.processing_class, folder / "final", after)
+    runtime = trainer.result["train_runtime"]
     summary = {
         "status": "completed",
         "run_name": args.run_name or folder.name,
         "model_name": settings.model_name,
-        "adapter": settings.adapter,
+        **own,
         "num_processes": args.world_size,
         "per_device_train_batch_size": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "global_batch_size": global_batch_size(args),
         "steps": trainer.state.global_step,
         "train_loss": loss / labels,  # a label, over all processes (Trainer's: the main one)
-        "train_runtime": result["train_runtime"],
+        "train_runtime": runtime,
         "validation_runtime": spent,
         "train_tokens": int(tokens),
-        "train_tokens_per_second": tokens / max(1e-9, result["train_runtime"] - spent),
+        "train_tokens_per_second": tokens / max(1e-9, runtime - spent),
         "validation": after,
         "validation_before_training": before,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    say(f"\n{settings.adapter} adapter of {settings.model_name}\n{format_table(after, before)}")
     if settings.hf_repo:
         create_repo(settings.hf_repo, exist_ok=True)
         upload_folder(repo_id=settings.hf_repo, folder_path=folder / "final")
         say(f"pushed {folder / 'final'} to {settings.hf_repo}")
     say(
-        f"\n{summary['steps']} steps in {result['train_runtime']:.0f} s, of them {spent:.0f} s "
-        f"validation; adapter: {folder / 'final'}\n"
-        f"picture: {folder / 'reliability.png'}\n"
-        f"curves:  tensorboard --logdir {folder / 'logs'}"
+        f"\n{summary['steps']} steps in {runtime:.0f} s, of them {spent:.0f} s validation; "
+        f"result: {folder / 'final'}\n"
+        + (f"picture: {picture}\n" if picture else "")
+        + f"curves:  tensorboard --logdir {folder / 'logs'}"
     )
     return summary
 
 
 def initialize_fitting_model(
-    settings: Settings,
-    args: TrainingArguments,
-    dtype: torch.dtype,
-    encodings: datasets.Dataset,
-    measure: bool,
-) -> PeftModel:
-    """The model with its fresh adapter; with `measure`, `args` get the batch size that fits.
+    recipe: Recipe, settings: RunSettings, run: Run, encodings: datasets.Dataset
+) -> PreTrainedModel | PeftModel:
+    """The model that is to be trained; where the batch size is `auto`, the run gets one that fits.
 
     Gradient checkpointing, then 8-bit and 4-bit weights, are turned to only when not even one
     record fits without; all processes decide alike.
@@ -2625,36 +2813,24 @@ def initialize_fitting_model(
     Raises:
         InputError: if nothing fits.
     """
+    args = run.args
     asked_bits = 8 if settings.load_in_8bit else 4 if settings.load_in_4bit else None
-    ladder = [asked_bits] if asked_bits or settings.fp8 or not measure else [None, 8, 4]
+    if not run.measure:
+        return recipe.build(asked_bits)
+    ladder = [asked_bits] if asked_bits or not recipe.quantizable else [None, 8, 4]
     share, asked = args.per_device_train_batch_size, args.gradient_checkpointing
     for bits in ladder:
         model, size = None, 0
-        try:
-            model, tokenizer = initialize_model_with_tokens(
-                settings.model_name,
-                settings.adapter,
-                settings.lora_r,
-                settings.lora_alpha,
-                settings.lora_dropout,
-                dtype=dtype,
-                attn_implementation=settings.attn_implementation,
-                load_in_8bit=bits == 8,
-                load_in_4bit=bits == 4,
-                fp8=settings.fp8,
-            )
-        except torch.OutOfMemoryError:
-            if not measure:
-                raise
-        if not measure:
-            return model
-        recomputing = [False, True] if settings.adapter == "lora" else [False]
+        with suppress(torch.OutOfMemoryError):
+            model = recipe.build(bits)
+        recomputing = [False, True] if recipe.recomputable else [False]
         for recompute in [True] if asked else recomputing:
             if model is not None:
                 if recompute:
                     model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-                autocast = torch.autocast(model.device.type, dtype, dtype != torch.float32)
-                size = largest_batch(model, tokenizer, encodings, share, autocast)
+                on = run.dtype != torch.float32
+                autocast = torch.autocast(model.device.type, run.dtype, on)
+                size = largest_batch(model, recipe, encodings, share, autocast)
             size = min(gather_object([size]))
             if size:
                 args.per_device_train_batch_size = size
@@ -2689,19 +2865,19 @@ def check_window(model: PeftModel, max_seq_length: int) -> None:
         )
 
 
-def run(argv: list[str] | None) -> dict[str, Any]:
-    """The whole run, step by step. Returns the content of summary.json (empty on other ranks)."""
-    settings, training = parse_command_line(argv)
-    check_settings(settings, training)
-    keep_freed_memory()
-    records = read_records(settings.train_data, settings.skip_bad_records)
-    for record in records:
-        if "response" not in record:
-            raise InputError(
-                f'{settings.train_data}:{record["line"]}: "tagged_response" is missing'
-            )
-    check_classes(records, settings.train_data)
-    records, validation_sets, generate = choose_validation(settings, records, training["seed"])
+class Run(NamedTuple):
+    """A run that may start: nothing in its folder has changed yet."""
+
+    folder: Path
+    saved: dict[str, Any]  # for settings.yaml
+    checkpoint: str | None  # to resume from
+    args: TrainingArguments
+    dtype: torch.dtype  # of what is computed, and of frozen weights
+    measure: bool  # whether the batch size is what memory will hold
+
+
+def open_run(settings: RunSettings, training: dict[str, Any]) -> Run:
+    """Looks into --output_dir and makes transformers' arguments; the processes meet here."""
     dtype = resolve_precision(training)
     folder, saved = Path(training["output_dir"]), settings_to_save(settings, training)
     checkpoint = training.pop("resume_from_checkpoint", None)
@@ -2712,67 +2888,97 @@ def run(argv: list[str] | None) -> dict[str, Any]:
             f"--resume_from_checkpoint {checkpoint} is no checkpoint folder; without the flag an "
             "unfinished run in --output_dir goes on from its last checkpoint"
         )
-
-    auto = training["per_device_train_batch_size"] == "auto"
+    measure = training["per_device_train_batch_size"] == "auto"
     args = make_training_arguments(training, settings.global_batch_size, checkpoint is not None)
     set_seed(args.seed)
     if args.world_size > 1:
         say(f"Distributed training with {args.world_size} processes")
-    tokenizer = load_tokenizer(settings.model_name)
-    add_confidence_tokens(tokenizer)
-    encodings = encode_dataset(tokenizer, records, settings)
-    model = initialize_fitting_model(settings, args, dtype, encodings, measure=auto)
-    if settings.adapter == "activated" or not generate:
-        check_window(model, settings.max_seq_length)
+    return Run(folder, saved, checkpoint, args, dtype, measure)
+
+
+def train(
+    run: Run,
+    settings: RunSettings,
+    recipe: Recipe,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encodings: datasets.Dataset,
+    validation: EvaluationCallback,
+) -> LabelTrainer:
+    """Trains, validating through `validation`, and writes everything of a run but its end."""
+    args = run.args
     steps = shorten_intervals(args, len(encodings))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(
         f"{len(encodings)} records, {steps} steps of {global_batch_size(args)} records "
         f"({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulation x "
-        f"{args.world_size} processes), {str(dtype).removeprefix('torch.')}, "
-        f"{model.get_nb_trainable_parameters()[0]:,} trainable parameters"
+        f"{args.world_size} processes), {str(run.dtype).removeprefix('torch.')}, "
+        f"{trainable:,} trainable parameters"
     )
-    writer = None
     PartialState().wait_for_everyone()  # all have looked into the folder before one changes it
     if args.process_index == 0:
-        start_output_dir(folder, saved, resuming=checkpoint is not None)
-        if "tensorboard" in report_targets(training):
-            writer = SummaryWriter(str(folder / "logs"))
-    if checkpoint:
-        say(f"resuming from {checkpoint}")
-    validation = ValidationCallback(
-        validation_sets, tokenizer, settings, folder, generate,
-        args.per_device_eval_batch_size, args.seed, writer,
-    )  # fmt: skip
-    trainer = ConfidenceTrainer(
+        start_output_dir(run.folder, run.saved, resuming=run.checkpoint is not None)
+        if "tensorboard" in report_targets(run.saved):
+            validation.writer = SummaryWriter(str(run.folder / "logs"))
+    if run.checkpoint:
+        say(f"resuming from {run.checkpoint}")
+    writer = validation.writer
+    trainer = LabelTrainer(
+        recipe,
         model=model,
         args=args,
         train_dataset=encodings,
-        eval_dataset=[],  # Trainer asks for one; evaluate() runs the ValidationCallback
-        data_collator=Collator(tokenizer.pad_token_id),
+        eval_dataset=[],  # Trainer asks for one; evaluate() runs the callback
         processing_class=tokenizer,
         callbacks=[validation, *([TensorBoardCallback(writer)] if writer else [])],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ConsoleCallback())
     if settings.profile and args.process_index == 0:
-        trainer.add_callback(ProfileCallback(folder / "logs"))
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.add_callback(ProfileCallback(run.folder / "logs"))
+    trainer.result = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
     # By --eval_strategy the last step may not be validated, or the best model may have come back
     if validation.last_step != trainer.state.global_step or args.load_best_model_at_end:
         trainer.evaluate()
-    summary = finish(trainer, validation, settings, result.metrics)
     if writer:
         writer.close()
-    return summary
+    return trainer
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def run(argv: list[str] | None) -> dict[str, Any]:
+    """The whole run, step by step. Returns the content of summary.json (empty on other ranks)."""
+    settings, training = parse_command_line(argv)
+    check_settings(settings, training)
+    keep_freed_memory()
+    records = read_training_records(settings)
+    records, validation_sets, generate = choose_validation(settings, records, training["seed"])
+    run = open_run(settings, training)
+    tokenizer = load_tokenizer(settings.model_name, settings.trust_remote_code)
+    add_confidence_tokens(tokenizer)
+    encodings = encode_dataset(tokenizer, records, settings)
+    recipe = confidence_recipe(settings, tokenizer, run.dtype)
+    model = initialize_fitting_model(recipe, settings, run, encodings)
+    if settings.adapter == "activated" or not generate:
+        check_window(model, settings.max_seq_length)
+    validation = ValidationCallback(
+        validation_sets, tokenizer, settings, run.folder, generate,
+        run.args.per_device_eval_batch_size, run.args.seed,
+    )  # fmt: skip
+    trainer = train(run, settings, recipe, model, tokenizer, encodings, validation)
+    return finish(trainer, validation, settings)
+
+
+def main(
+    argv: list[str] | None = None,
+    run: Callable[[list[str] | None], dict[str, Any]] = run,
+    script: str = Settings.script,
+) -> dict[str, Any]:
     """Trains as the command line says; exits with code 2 and one message if it cannot."""
     try:
         return run(argv)
     except InputError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"train_confidence_lora.py: error: {error}", file=sys.stderr)
+            print(f"{script}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

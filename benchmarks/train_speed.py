@@ -95,11 +95,11 @@ def make_trainer(kind: str, folder: Path, options: argparse.Namespace):
     ids = confidence.confidence_ids(tokenizer)
     if kind in ("lora", "activated"):
         confidence.keep_freed_memory()  # as run() does
-        trainer = confidence.ConfidenceTrainer(
+        trainer = confidence.LabelTrainer(
+            confidence.confidence_recipe(settings, tokenizer, model.dtype),
             model=model,
             args=TrainingArguments(**arguments, **more_flags(options.flags.split())),
             train_dataset=rows,
-            data_collator=confidence.Collator(tokenizer.pad_token_id),
             processing_class=tokenizer,
         )
     elif kind == "recipe":

@@ -70,10 +70,11 @@ def test_settings_are_kept_without_secrets_and_parse_again(line):
     assert saved["lora_r"] == 4
     assert saved.pop("versions")["peft"]
     assert saved.pop("num_processes") == 1
+    assert saved.pop("task") == "confidence"
     again = []
     for key, value in saved.items():
         if value not in (None, []):
-            again += [f"--{key}", str(value)]
+            again += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     settings, training = confidence.parse_command_line(again)
     assert settings.lora_r == 4
     assert training["learning_rate"] == saved["learning_rate"]

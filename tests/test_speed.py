@@ -12,6 +12,7 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import weakref
 
@@ -118,17 +119,24 @@ def encodings_of(tiny_models, train_file):
     return make
 
 
-def fit(monkeypatch, encodings, settings, tiny_models, memory, share, **arguments):
+def fit(monkeypatch, encodings, settings, tiny_models, memory, share):
     settings.model_name = tiny_models["untied"]
     training = confidence.parse_command_line(
-        ["--batch_size", "auto", "--global_batch_size", str(share), "--output_dir", "/nowhere"]
+        [
+            "--batch_size",
+            "auto",
+            "--global_batch_size",
+            str(share),
+            "--output_dir",
+            tempfile.mkdtemp(),
+        ]
     )[1]
-    dtype = confidence.resolve_precision(training)
-    args = confidence.make_training_arguments(training, share, False)
-    model, _ = initialize_model_with_tokens(settings.model_name)
+    run = confidence.open_run(settings, training)
+    model, tokenizer = initialize_model_with_tokens(settings.model_name)
+    recipe = confidence.confidence_recipe(settings, tokenizer, run.dtype)
     memory.trainable = model.get_nb_trainable_parameters()[0]
     memory.tried.clear()
-    return confidence.initialize_fitting_model(settings, args, dtype, encodings, True), args
+    return confidence.initialize_fitting_model(recipe, settings, run, encodings), run.args
 
 
 @pytest.mark.parametrize(("limit", "size"), [(10_000, 24), (1_250, 12), (350, 3), (100, 1)])
@@ -215,8 +223,9 @@ def test_tokens_memory_and_mfu_are_logged_and_validation_is_not_counted(
         return {"accuracy": None, "calibration_error": None}, []
 
     monkeypatch.setattr(ValidationCallback, "_validate_dataset", slow)
-    monkeypatch.setattr(ValidationCallback, "_record", lambda *_: None)
-    monkeypatch.setattr(confidence, "MEANS_OVER_SETS", [])
+    monkeypatch.setattr(ValidationCallback, "_keep", lambda *_: {})
+    monkeypatch.setattr(ValidationCallback, "_table", lambda *_: "")
+    monkeypatch.setattr(ValidationCallback, "means", ())
     monkeypatch.setattr(confidence, "finish", lambda *_: {})
     arguments = [*line[:-4], "--eval_steps", "1", "--batch_size", "8"]
     main([*arguments, "--gradient_accumulation_steps", "1", "--max_steps", "4"])

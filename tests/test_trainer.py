@@ -8,10 +8,11 @@ from datasets import Dataset
 import train_confidence_lora as confidence
 from train_confidence_lora import (
     HELD_WEIGHT,
-    Collator,
-    ConfidenceTrainer,
+    LabelTrainer,
     LengthGroupedSampler,
+    Settings,
     TrainingArguments,
+    confidence_recipe,
     encode_records,
     initialize_model_with_tokens,
     parse_record,
@@ -31,7 +32,8 @@ def make_trainer(model_name, folder, adapter="lora", **arguments):
         "lr_scheduler_type": "constant",
         **arguments,
     }
-    return ConfidenceTrainer(
+    return LabelTrainer(
+        confidence_recipe(Settings(adapter=adapter), tokenizer, torch.float32),
         model=model,
         args=TrainingArguments(
             output_dir=str(folder), use_cpu=True, remove_unused_columns=False,
@@ -40,7 +42,6 @@ def make_trainer(model_name, folder, adapter="lora", **arguments):
         train_dataset=Dataset.from_list(
             list(encode_records(tokenizer, records, adapter, max_tokens=256))
         ),
-        data_collator=Collator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )  # fmt: skip
 

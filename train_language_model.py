@@ -1,0 +1,843 @@
+#!/usr/bin/env python3
+"""Fine-tune a language model on chats or texts, or train one from scratch.
+
+    python train_language_model.py --task sft --model_name Qwen/Qwen2.5-7B-Instruct \\
+        --train_data chats.jsonl --output_dir checkpoints/chat
+    python train_language_model.py --task cpt --tuning scratch --train_data texts/ \\
+        --hidden_size 256 --num_heads 4 --num_layers 4 --output_dir checkpoints/gpt
+    make train CONFIG=configs/runs/sft.yaml            # the same from a file, on what GPUs are here
+
+A second recipe on the trainer of train_confidence_lora.py: a task is where the loss is. `sft` has
+it on the assistant's turns of chats, `cpt` (continued pretraining) on every token of texts, and
+`cpt_mixed` trains on both. Tuning is which parameters train: LoRA, LoRA over quantised weights,
+all of them, or all from a random start.
+
+The file reads in the order data flows: settings, records, chats as segments, texts in blocks,
+tokenizer and model, loss, evaluation, main.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset, concatenate_datasets
+from rouge_score.rouge_scorer import RougeScorer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from train_confidence_lora import (
+    ALL,
+    Collator,
+    EvaluationCallback,
+    InputError,
+    LabelTrainer,
+    Recipe,
+    RunSettings,
+    add_adapter,
+    cache_encodings,
+    check_run_settings,
+    draw_sample,
+    encode_segments,
+    end_run,
+    flops_per_token,
+    generate_answers,
+    hold_out,
+    initialize_fitting_model,
+    keep_freed_memory,
+    leave,
+    load_base_model,
+    load_tokenizer,
+    logits_only_at,
+    main,
+    open_run,
+    parse_command_line,
+    plan_batches,
+    read_records,
+    replace_folder,
+    say,
+    setting,
+    tokenize,
+    train,
+)
+
+# ------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass
+class LanguageSettings(RunSettings):
+    """Settings of a run on chats or texts."""
+
+    script: ClassVar[str] = "train_language_model.py"
+    purpose: ClassVar[str] = __doc__.split("\n")[0]
+    training_defaults: ClassVar[dict[str, Any]] = {
+        "output_dir": "checkpoints/language_model",
+        "per_device_train_batch_size": "auto",
+        "per_device_eval_batch_size": 16,
+    }
+
+    train_data: str = setting(
+        "chats.jsonl",
+        "sft: chats, JSON Lines; cpt and cpt_mixed: texts, a .txt, .md or .jsonl file or a folder",
+    )
+    task: str = setting(
+        "sft",
+        "sft: chats, loss on the assistant's turns; cpt: texts, loss everywhere; cpt_mixed: both",
+        choices=["sft", "cpt", "cpt_mixed"],
+    )
+    chat_data: str | None = setting(None, "the chats of cpt_mixed, JSON Lines")
+    chat_share: float | None = setting(
+        None,
+        "share of chats among the sequences of cpt_mixed: what is too few is repeated, nothing is "
+        "left out; without it each is taken once",
+    )
+    tuning: str = setting(
+        "lora",
+        "lora; qlora: over 4-bit weights (or --load_in_8bit); full: every parameter; scratch: "
+        "every parameter, from a random start",
+        choices=["lora", "qlora", "full", "scratch"],
+    )
+    val_data: str | None = setting(
+        None, "chats or texts to evaluate on; without it 5%% of the training records are held out"
+    )
+    evaluation: str = setting(
+        "loss",
+        "generate: ROUGE-L of generated answers to chats, and the loss; loss: loss and perplexity",
+        choices=["generate", "loss", "off"],
+    )
+    max_new_tokens: int = setting(64, "longest answer that evaluation generates, tokens")
+    num_beams: int = setting(1, "beams of that generation; 1: greedy")
+    tokenizer_name: str | None = setting(
+        None, "scratch: tokenizer to take; without it one is trained on the data"
+    )
+    model_type: str = setting("llama", "scratch: architecture, a model type of transformers")
+    vocab_size: int = setting(50_000, "scratch: tokens of the trained tokenizer, at most")
+    hidden_size: int = setting(1024, "scratch: width")
+    num_heads: int = setting(16, "scratch: attention heads")
+    num_layers: int = setting(12, "scratch: layers")
+
+
+def check_settings(settings: LanguageSettings, training: dict[str, Any]) -> None:
+    """check_run_settings(), and what only this recipe can get wrong.
+
+    Raises:
+        InputError: naming the flag and the remedy.
+    """
+    check_run_settings(settings, training)
+    for flag, path in (
+        ("train_data", settings.train_data),
+        ("chat_data", settings.chat_data),
+        ("val_data", settings.val_data),
+    ):
+        if path is not None and not Path(path).exists():
+            raise InputError(f"--{flag} {path} does not exist: give a file of chats or texts")
+    mixed, share = settings.task == "cpt_mixed", settings.chat_share
+    if mixed != (settings.chat_data is not None):
+        raise InputError(
+            "--task cpt_mixed needs --chat_data FILE beside the texts of --train_data"
+            if mixed
+            else f"--chat_data is for --task cpt_mixed: --task {settings.task} has --train_data"
+        )
+    if share is not None and not (mixed and 0 < share < 1):
+        raise InputError(f"--chat_share {share}: a share above 0 and below 1, for --task cpt_mixed")
+    if settings.tuning in ("full", "scratch") and (settings.load_in_8bit or settings.load_in_4bit):
+        raise InputError(
+            f"--tuning {settings.tuning} trains the weights, which quantised ones cannot be: leave "
+            "--load_in_8bit and --load_in_4bit out, or take --tuning qlora"
+        )
+    if settings.tuning == "scratch" and settings.hidden_size % (2 * settings.num_heads):
+        raise InputError(
+            f"--hidden_size {settings.hidden_size} is no multiple of 2 x --num_heads "
+            f"{settings.num_heads}: each head needs an even width"
+        )
+    if settings.tokenizer_name and settings.tuning != "scratch":
+        raise InputError("--tokenizer_name is for --tuning scratch: a model has its own tokenizer")
+
+
+# ------------------------------------------------------------------------------------------------
+# Records: a chat is {"messages": [{"role", "content"}, …]}, a text is {"text"}; both keep the name
+# of their kind as "dataset", and where they came from
+
+CHATS, TEXTS = "chats", "texts"
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # ShareGPT's names
+
+
+def parse_chat(line: str) -> dict[str, Any]:
+    """A line as a chat. Beside `messages` these forms are known: `conversations` (ShareGPT), and
+    one question with its answer as `prompt`/`completion`, `instruction`(/`input`)/`output` or
+    (`system`/)`user`/`assistant`.
+
+    Raises:
+        ValueError: with the reason, in words, why the line is none.
+    """
+    row = parse_object(line)
+    if "conversations" in row:
+        turns = [{"role": turn["from"], "content": turn["value"]} for turn in row["conversations"]]
+    elif "completion" in row:
+        turns = turns_of(user=row.get("prompt"), assistant=row["completion"])
+    elif "output" in row:
+        question = "\n\n".join(filter(None, (row.get("instruction"), row.get("input"))))
+        turns = turns_of(user=question, assistant=row["output"])
+    elif "assistant" in row:
+        turns = turns_of(row.get("system"), row.get("user"), row["assistant"])
+    else:
+        turns = row.get("messages")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError('no "messages": a list of {"role": …, "content": …}')
+    messages = []
+    for turn in turns:
+        role, content = ROLES.get(turn.get("role"), turn.get("role")), turn.get("content")
+        if role not in ("system", "user", "assistant", "tool"):
+            raise ValueError(f"unknown role {role!r}; known are system, user, assistant, tool")
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError(f"a message of the {role} has no text")
+        messages.append({"role": role, "content": content})
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no message of the assistant: nothing to learn")
+    return {"messages": messages, "dataset": CHATS}
+
+
+def turns_of(system: Any = None, user: Any = None, assistant: Any = None) -> list[dict]:
+    roles = {"system": system, "user": user, "assistant": assistant}
+    return [{"role": role, "content": text} for role, text in roles.items() if text is not None]
+
+
+def parse_text(line: str) -> dict[str, Any]:
+    """A line {"text": …} as a text. ValueError, with the reason, if it is none."""
+    text = parse_object(line).get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError('"text" is missing or empty')
+    return {"text": text, "dataset": TEXTS}
+
+
+def parse_object(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a record is a JSON object, this is a {type(row).__name__}")
+    return row
+
+
+TEXT_FILES = (".txt", ".md", ".jsonl", ".jsonl.gz")
+
+
+def read_texts(path: str, skip_bad: bool = False) -> list[dict[str, Any]]:
+    """The texts of a file, or of all files of a folder in the order of their names: a .txt or .md
+    file is one document, a .jsonl file one a line.
+
+    Raises:
+        InputError: if there are none, or a file cannot be read.
+    """
+    place = Path(path)
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    records = []
+    for file in [file for file in files if file.name.endswith(TEXT_FILES)]:
+        if file.suffix not in (".txt", ".md"):
+            records += read_records(file, skip_bad, parse_text)
+            continue
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read {file}: {error}") from error
+        if text.strip():
+            records.append({"text": text, "dataset": TEXTS, "line": 1})
+    if not records:
+        raise InputError(f"{path} holds no text: give files that end in {', '.join(TEXT_FILES)}")
+    return records
+
+
+def read_either(path: str, skip_bad: bool = False) -> list[dict[str, Any]]:
+    """Texts or chats, by what the file's first line is."""
+    try:
+        chats = False
+        if path.endswith(".jsonl"):
+            with open(path, encoding="utf-8-sig") as file:
+                chats = "text" not in parse_object(next(file, "{}"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    return read_records(path, skip_bad, parse_chat) if chats else read_texts(path, skip_bad)
+
+
+def read_data(
+    settings: LanguageSettings, seed: int
+) -> tuple[list[dict], dict[str, list[dict[str, Any]]]]:
+    """(training records, samples to evaluate on by kind).
+
+    Raises:
+        InputError: if there is too little to hold any out.
+    """
+    skip, most = settings.skip_bad_records, settings.max_train_samples
+    chat_file = settings.train_data if settings.task == "sft" else settings.chat_data
+    training = [] if settings.task == "sft" else read_texts(settings.train_data, skip)[:most]
+    if chat_file:
+        training += read_records(chat_file, skip, parse_chat)[:most]
+    if settings.evaluation == "off":
+        return training, {}
+    if settings.val_data:
+        held = read_either(settings.val_data, skip)
+    else:
+        training, held = hold_out(training, 0.05, settings.val_samples, seed)
+        say(f"held out of training for evaluation: {len(held)} of {len(held) + len(training)}")
+    if not held:
+        raise InputError(
+            f"--train_data {settings.train_data} has too few records to hold any out: give "
+            "--val_data FILE or --evaluation off"
+        )
+    samples = {}
+    for kind in (CHATS, TEXTS):
+        if records := [record for record in held if record["dataset"] == kind]:
+            samples[kind] = draw_sample(records, settings.val_samples, f"{seed} {kind}")
+    if settings.evaluation == "generate" and CHATS not in samples:
+        raise InputError("--evaluation generate answers chats, and there are none: take loss")
+    return training, samples
+
+
+def mix(chats: int, texts: int, share: float | None) -> list[int]:
+    """Indices of `chats` sequences followed by `texts`: each once, and those of the kind that falls
+    short of its share again and again, in turn, until it has it."""
+    wanted_chats = chats if share is None else max(chats, round(texts * share / (1 - share)))
+    wanted_texts = texts if share is None else max(texts, round(chats * (1 - share) / share))
+    order = [i % chats for i in range(wanted_chats)]
+    return order + [chats + i % texts for i in range(wanted_texts)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Chats as segments: the loss is on what the assistant says, and on the end of its turn
+
+PLAIN_TEMPLATE = (  # for a model that brings none
+    "{{ bos_token or '' }}{% for message in messages %}{{ message['role'] | capitalize }}: "
+    "{{ message['content'] }}{{ eos_token if message['role'] == 'assistant' }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def chat_segments(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
+) -> list[tuple[str, int]]:
+    """The chat in the model's template, cut into (text, how many of its tokens carry loss).
+
+    A turn of the assistant begins where the template would have it generate, and ends with the
+    special token that follows its text; a template without one has the end-of-sequence token
+    appended, since a model that never saw an end would not stop. The template writes a beginning-
+    of-sequence token itself where the model wants one.
+
+    Raises:
+        ValueError: if a turn's text does not stand in the rendered chat.
+    """
+
+    def render(part: list[dict[str, str]], prompt: bool) -> str:
+        return tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=prompt)
+
+    whole, segments, done, at = render(messages, False), [], 0, 0
+    special = "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True)))
+    for number, message in enumerate(messages):
+        start = whole.find(message["content"].strip(), at)
+        if message["role"] != "assistant":
+            at = max(at, start)  # a template may leave out or move what is not the assistant's
+            continue
+        if start < 0:
+            raise ValueError(f"the chat template changes the text of message {number + 1}")
+        prompt = render(messages[:number], True)
+        begin = len(prompt) if whole.startswith(prompt) and len(prompt) <= start else start
+        after = start + len(message["content"].strip())
+        end = re.compile(rf"\s*(?:{special})").match(whole, after)
+        at = end.end() if end else after
+        text = whole[begin:at] + ("" if end else tokenizer.eos_token)
+        segments += [(whole[done:begin], 0), (text, ALL)]
+        done = at
+    return segments
+
+
+def encode_chats(
+    tokenizer: PreTrainedTokenizerBase, records: list[dict], max_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """The encoding of each chat, what follows its last answer left out. One that is longer than
+    `max_tokens` loses its end, and is skipped if no answer begins before it."""
+    for record in records:
+        try:
+            [encoding] = encode_segments(tokenizer, [chat_segments(tokenizer, record["messages"])])
+        except ValueError as error:
+            encoding, reason = {"input_ids": [], "labels": []}, str(error)
+        else:
+            reason = f"no answer begins in its first {max_tokens} tokens"
+        ids, labels = encoding["input_ids"][:max_tokens], encoding["labels"][:max_tokens]
+        learns = any(label != -100 for label in labels[1:])
+        yield {
+            "input_ids": ids,
+            "labels": labels,
+            "position_ids": list(range(len(ids))),
+            "length": len(ids),
+            "cut": len(ids) < len(encoding["input_ids"]),
+            "skipped": "" if learns else f"line {record['line']}: {reason}",
+        }
+
+
+# ------------------------------------------------------------------------------------------------
+# Texts in blocks: documents one after the other, none of which attends to another
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, records: list[dict], max_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Blocks of `max_tokens` tokens (the last may be shorter) that hold all documents, each with
+    its end-of-sequence token.
+
+    Positions start anew with each document, which is how transformers keeps attention within it.
+    Each token but a document's first carries loss exactly once: where a document goes on in the
+    next block, its last token is repeated there as context.
+    """
+    block: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+
+    def full() -> dict[str, Any]:
+        done = {name: list(values) for name, values in block.items()}
+        for values in block.values():
+            values.clear()
+        return {**done, "length": len(done["input_ids"]), "cut": False, "skipped": ""}
+
+    bos = tokenizer.bos_token if tokenize(tokenizer, "a") != tokenizer.encode("a") else None
+    for start in range(0, len(records), 1000):
+        segments = [
+            [(bos or "", 0), (record["text"] + tokenizer.eos_token, ALL)]
+            for record in records[start : start + 1000]
+        ]
+        for encoding in encode_segments(tokenizer, segments):
+            ids, at = encoding["input_ids"], 0
+            while at < len(ids) - 1:
+                if max_tokens - len(block["input_ids"]) < 2:  # one token alone would learn nothing
+                    yield full()
+                piece = ids[at : at + max_tokens - len(block["input_ids"])]
+                block["input_ids"] += piece
+                block["labels"] += [-100, *piece[1:]]
+                block["position_ids"] += range(len(piece))
+                at += len(piece) - 1
+    if block["input_ids"]:
+        yield full()
+
+
+@dataclass
+class BlockCollator:
+    """Collator whose batches have position ids where sequences hold several documents. With
+    `flatten` they are one row without padding, which flash attention takes apart by them."""
+
+    pad_token_id: int
+    flatten: bool = False
+
+    def __call__(self, encodings: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        if self.flatten:
+            names = ("input_ids", "labels", "position_ids")
+            joined = {name: [*chain(*(row[name] for row in encodings))] for name in names}
+            starts = [i for i, position in enumerate(joined["position_ids"]) if position == 0]
+            for i in starts:
+                joined["labels"][i] = -100
+            batch = {name: torch.tensor([values]) for name, values in joined.items()}
+            return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+        batch = Collator(self.pad_token_id)(encodings)
+        rows = [row["position_ids"] for row in encodings]
+        if any(row[-1] != len(row) - 1 for row in rows):
+            length = batch["input_ids"].shape[1]
+            rows = [[*row, *range(row[-1] + 1, row[-1] + 1 + length - len(row))] for row in rows]
+            batch["position_ids"] = torch.tensor(rows)
+        return batch
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, records: list[dict], settings: LanguageSettings
+) -> Dataset:
+    """The training sequences of chats and texts, in the shares that --chat_share asks for, as a
+    dataset of `input_ids`, `labels`, `position_ids` and `length`."""
+    parts = []
+    for kind, encoder in ((CHATS, encode_chats), (TEXTS, encode_texts)):
+        if chosen := [record for record in records if record["dataset"] == kind]:
+            options = {"max_tokens": settings.max_seq_length}
+            path = settings.chat_data if kind == CHATS else None
+            what = f"the {kind} of {path or settings.train_data}"
+            parts.append(cache_encodings(encoder, tokenizer, chosen, options, what, __file__))
+            if cut := sum(parts[-1]["cut"]):
+                say(f"warning: {cut} of {what} lose their end to --max_seq_length")
+    if len(parts) == 1:
+        return parts[0].remove_columns("cut")
+    order = mix(len(parts[0]), len(parts[1]), settings.chat_share)
+    say(f"{len(parts[0])} chats and {len(parts[1])} blocks of text make {len(order)} sequences")
+    return concatenate_datasets(parts).select(order).remove_columns("cut")
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokenizer and model
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer with the ChatML template; it can encode any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+    )
+
+
+def texts_of(records: list[dict]) -> Iterator[str]:
+    for record in records:
+        if "text" in record:
+            yield record["text"]
+        for message in record.get("messages", []):
+            yield message["content"]
+
+
+def find_tokenizer(
+    settings: LanguageSettings, records: list[dict], folder: Path
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or one for a model from scratch: the one that is named, or else one
+    trained on the data by one process of each machine."""
+    if settings.tuning != "scratch" or settings.tokenizer_name:
+        name = settings.tokenizer_name or settings.model_name
+        tokenizer = load_tokenizer(name, settings.trust_remote_code)
+    else:
+        place = folder / ".tokenizer"
+        with PartialState().local_main_process_first():
+            if PartialState().is_local_main_process:
+                train_tokenizer(texts_of(records), settings.vocab_size).save_pretrained(place)
+        tokenizer = load_tokenizer(str(place))
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def new_model(settings: LanguageSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model of the given dimensions with random weights, input and output embedding tied.
+
+    Raises:
+        InputError: if transformers knows no such architecture, or not with these dimensions.
+    """
+    rows = math.ceil(len(tokenizer) / 64) * 64  # what matrix products on GPUs are quickest with
+    try:
+        config = AutoConfig.for_model(
+            settings.model_type,
+            vocab_size=rows,
+            hidden_size=settings.hidden_size,
+            num_hidden_layers=settings.num_layers,
+            num_attention_heads=settings.num_heads,
+            max_position_embeddings=settings.max_seq_length,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        if hasattr(config, "num_key_value_heads"):
+            config.num_key_value_heads = settings.num_heads
+        if getattr(config, "intermediate_size", None):  # three matrices: as many weights as 2 x 4 h
+            config.intermediate_size = math.ceil(settings.hidden_size * 8 / 3 / 64) * 64
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=settings.attn_implementation
+        )
+    except (ValueError, KeyError, ImportError) as error:
+        raise InputError(f"--model_type {settings.model_type}: {error}") from error
+    say(f"a new {settings.model_type} of {model.num_parameters():,} parameters")
+    return model
+
+
+def language_recipe(
+    settings: LanguageSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> Recipe:
+    """What train() needs to know of a run on chats or texts. Weights that train are float32, those
+    that are frozen are of `dtype` or quantised."""
+    frozen = settings.tuning in ("lora", "qlora")
+
+    def build(bits: int | None) -> torch.nn.Module:
+        if settings.tuning == "scratch":
+            return new_model(settings, tokenizer)
+        if settings.tuning == "qlora" and bits is None:
+            bits = 4
+        model = load_base_model(
+            settings.model_name,
+            dtype if frozen else torch.float32,
+            settings.attn_implementation,
+            load_in_8bit=bits == 8,
+            load_in_4bit=bits == 4,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        if not frozen:
+            return model
+        return add_adapter(
+            model,
+            settings.target_modules,
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+        )
+
+    return Recipe(
+        build,
+        BlockCollator(tokenizer.pad_token_id, settings.attn_implementation == "flash_attention_2"),
+        language_loss,
+        flops_per_token if frozen else full_flops_per_token,
+        quantizable=settings.tuning == "lora",
+    )
+
+
+def full_flops_per_token(model: PreTrainedModel, recompute: bool) -> float:
+    """6·N where every weight trains: forward, gradient by inputs, gradient by weights; with the
+    forward repeated 8·N. N is the weights of the linear layers, the head among them."""
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    return sum(module.weight.numel() for module in linear) * (8 if recompute else 6)
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss
+
+LOGITS_AT_ONCE = 1024  # positions; the logits of more would take gigabytes
+
+
+def language_loss(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, int]:
+    """Cross-entropy summed over the labels of a batch, and their number.
+
+    Args:
+        model: a causal model, or what wraps one.
+        batch: what BlockCollator gives.
+    """
+    labels = batch["labels"][:, 1:]
+    labelled = labels != -100  # by the position that predicts the label
+    inputs = {name: batch[name][:, :-1] for name in ("input_ids", "position_ids") if name in batch}
+    unwrapped = getattr(model, "module", model)
+    if head_is_last(unwrapped):
+        with losses_in_place_of_logits(unwrapped, labelled, labels[labelled]):
+            losses = model(**inputs, use_cache=False).logits
+    else:
+        with logits_only_at(unwrapped, labelled):
+            logits = model(**inputs, use_cache=False).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits.float(), labels[labelled], reduction="none"
+        )
+    return losses.sum(), int(labelled.sum())
+
+
+def head_is_last(model: torch.nn.Module) -> bool:
+    """Whether the logits are what the head gives; Gemma 2, Granite and others change them after it.
+    Found out by a pass of one token, once."""
+    if not hasattr(model, "_head_is_last"):
+        seen = []
+        handle = model.get_output_embeddings().register_forward_hook(
+            lambda module, args, output: seen.append(output)
+        )
+        try:
+            with torch.no_grad():
+                token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+                logits = model(input_ids=token, use_cache=False).logits
+        finally:
+            handle.remove()
+        model._head_is_last = torch.equal(seen[0].float(), logits.float())
+    return model._head_is_last
+
+
+@contextmanager
+def losses_in_place_of_logits(
+    model: torch.nn.Module, wanted: torch.Tensor, labels: torch.Tensor
+) -> Iterator[None]:
+    """Within it the model's `logits` are the (n,) losses of its n labels, at the positions where
+    the (batch, length) mask `wanted` is true. Logits are made LOGITS_AT_ONCE at a time and again
+    for the backward, so that they never take more memory than that."""
+    head = model.get_output_embeddings()
+    make_logits, own = head.forward, head.__dict__.get("forward")
+
+    def part(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = make_logits(hidden).float()
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    def losses(hidden: torch.Tensor) -> torch.Tensor:
+        parts = zip(hidden[wanted].split(LOGITS_AT_ONCE), labels.split(LOGITS_AT_ONCE))
+        return torch.cat([checkpoint(part, *pair, use_reentrant=False) for pair in parts])
+
+    head.forward = losses
+    try:
+        yield
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+class LanguageEvaluation(EvaluationCallback):
+    """Loss and perplexity on held-out chats and texts, and ROUGE-L of generated answers to chats.
+
+    The sequences are split over the processes, which make the same number of passes each: where
+    parameters are sharded every pass is one of all processes.
+    """
+
+    def __init__(
+        self,
+        samples: dict[str, list[dict]],
+        tokenizer: PreTrainedTokenizerBase,
+        settings: LanguageSettings,
+        folder: Path,
+        batch_size: int,
+    ) -> None:
+        super().__init__(folder, samples)
+        self.tokenizer, self.settings, self.batch_size = tokenizer, settings, batch_size
+        self.collator = BlockCollator(tokenizer.pad_token_id)
+        self.sequences = {}
+        for kind, records in samples.items():
+            encoder = encode_chats if kind == CHATS else encode_texts
+            encodings = list(encoder(tokenizer, records, settings.max_seq_length))
+            self.sequences[kind] = [row for row in encodings if not row["skipped"]]
+            if not self.sequences[kind]:
+                raise InputError(f"none of the {kind} to evaluate on fits --max_seq_length")
+        if settings.evaluation == "generate":
+            self.questions = [question_of(tokenizer, record) for record in samples[CHATS]]
+        self.means = ("loss", "perplexity")
+
+    def _validate_dataset(self, model: torch.nn.Module, name: str) -> tuple[dict, None]:
+        start = time.perf_counter()
+        figures = {"num_samples": len(self.samples[name]), **self._losses(model, name)}
+        if name == CHATS and self.settings.evaluation == "generate":
+            figures |= self._rouge(model)
+        figures["runtime"] = time.perf_counter() - start
+        return figures, None
+
+    def _losses(self, model: torch.nn.Module, name: str) -> dict[str, float]:
+        sequences = self.sequences[name]
+        sums = []
+        for indices, counts in self._share([row["length"] for row in sequences]):
+            batch = self.collator([sequences[i] for i in indices])
+            batch = {key: part.to(model.device) for key, part in batch.items()}
+            with torch.no_grad():
+                loss, labels = language_loss(model, batch)
+            if counts:
+                sums.append((loss.item(), labels))
+        total, labels = (sum(column) for column in zip(*gather_object(sums), strict=True))
+        loss = total / labels
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+
+    def _rouge(self, model: torch.nn.Module) -> dict[str, float]:
+        found = []
+        for indices, counts in self._share([len(prompt) for prompt, _ in self.questions]):
+            with torch.inference_mode():
+                generated = generate_answers(
+                    model,
+                    self.tokenizer,
+                    [self.questions[i][0] for i in indices],
+                    self.settings.max_new_tokens,
+                    num_beams=self.settings.num_beams,
+                    synced_gpus=PartialState().num_processes > 1,
+                )
+            for i, answer in zip(indices, generated.answers):
+                text = self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+                if counts:
+                    found.append((i, rouge_l(text, self.questions[i][1]), not text))
+        scores = sorted(gather_object(found))
+        if [i for i, _, _ in scores] != list(range(len(self.questions))):
+            raise RuntimeError(f"{len(scores)} answers to {len(self.questions)} chats")
+        return {
+            "rougeL": sum(score for _, score, _ in scores) / len(scores),
+            "empty_rate": sum(empty for _, _, empty in scores) / len(scores),
+        }
+
+    def _share(self, lengths: list[int]) -> Iterator[tuple[list[int], bool]]:
+        """This process's batches of indices. So that every process has as many, one whose share is
+        shorter does its first again, which then does not count."""
+        state = PartialState()
+        share = math.ceil(len(lengths) / state.num_processes)
+        batches = plan_batches(lengths, max(1, min(self.batch_size, share)))
+        for round_ in range(0, len(batches), state.num_processes):
+            at = round_ + state.process_index
+            yield (batches[at], True) if at < len(batches) else (batches[0], False)
+
+    def _table(self, figures: dict[str, dict]) -> str:
+        return "\n".join(
+            f"{name}: " + "  ".join(f"{key} {value:.4g}" for key, value in row.items())
+            for name, row in figures.items()
+        )
+
+
+def question_of(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[str, str]:
+    """(prompt up to the assistant's last turn, what it said there)."""
+    messages = record["messages"]
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    prompt = tokenizer.apply_chat_template(
+        messages[:last], tokenize=False, add_generation_prompt=True
+    )
+    return prompt, messages[last]["content"].strip()
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """F-measure of the longest common subsequence of words (Lin 2004), by rouge-score. Nothing is
+    like nothing: an empty prediction has 0."""
+    return RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+
+
+def save_model(trainer: LabelTrainer, folder: Path) -> None:
+    """Writes model or adapter, and tokenizer. All processes take part, since each may hold but a
+    part of it; the folder changes its content at once or not at all."""
+    new = folder.with_name(folder.name + ".new")
+    trainer.save_model(str(new))
+    if trainer.is_world_process_zero():
+        replace_folder(folder, new)
+
+
+def run(argv: list[str] | None) -> dict[str, Any]:
+    """The whole run, step by step. Returns the content of summary.json (empty on other ranks)."""
+    settings, training = parse_command_line(argv, LanguageSettings)
+    check_settings(settings, training)
+    keep_freed_memory()
+    records, samples = read_data(settings, training["seed"])
+    run = open_run(settings, training)
+    tokenizer = find_tokenizer(settings, records, run.folder)
+    encodings = encode(tokenizer, records, settings)
+    recipe = language_recipe(settings, tokenizer, run.dtype)
+    model = initialize_fitting_model(recipe, settings, run, encodings)
+    evaluation = LanguageEvaluation(
+        samples, tokenizer, settings, run.folder, run.args.per_device_eval_batch_size
+    )
+    trainer = train(run, settings, recipe, model, tokenizer, encodings, evaluation)
+    save_model(trainer, run.folder / "final")
+    return end_run(trainer, evaluation, settings, task=settings.task, tuning=settings.tuning)
+
+
+if __name__ == "__main__":
+    main(None, run, LanguageSettings.script)
+    leave()
