@@ -120,17 +120,9 @@ def encodings_of(tiny_models, train_file):
 
 
 def fit(monkeypatch, encodings, settings, tiny_models, memory, share):
-    settings.model_name = tiny_models["untied"]
-    training = confidence.parse_command_line(
-        [
-            "--batch_size",
-            "auto",
-            "--global_batch_size",
-            str(share),
-            "--output_dir",
-            tempfile.mkdtemp(),
-        ]
-    )[1]
+    settings.model_name, settings.global_batch_size = tiny_models["untied"], share
+    folder = tempfile.mkdtemp()
+    training = confidence.parse_command_line(["--batch_size", "auto", "--output_dir", folder])[1]
     run = confidence.open_run(settings, training)
     model, tokenizer = initialize_model_with_tokens(settings.model_name)
     recipe = confidence.confidence_recipe(settings, tokenizer, run.dtype)
