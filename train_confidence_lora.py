@@ -44,6 +44,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -207,6 +208,12 @@ class Settings:
         "attention kernel; flash_attention_2 needs a GPU and the flash-attn package",
         choices=["sdpa", "flash_attention_2", "eager"],
     )
+    backend: str = setting(
+        "hf",
+        "unsloth: its kernels under the training (one GPU a process, --adapter lora); "
+        "needs a GPU and the unsloth package",
+        choices=["hf", "unsloth"],
+    )
     calib_beta: int = setting(100, "calibration error: answers in a bin")
     calib_p_norm: str = setting(
         "2", "calibration error: norm over the bins", choices=["1", "2", "infty"]
@@ -276,6 +283,13 @@ def build_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
     build_parser().parse_args()  # answers here, before the imports below take their seconds
 
+if re.search(r"--backend[= ]unsloth\b", " ".join(sys.argv)) and find_spec("unsloth"):
+    import torch
+
+    if torch.cuda.is_available():  # without one its import fails; check_settings() says so better
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it reports each load to the Hub
+        import unsloth  # before transformers and peft, whose classes it patches
+
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels nobody asked for
 import datasets
 import numpy as np
@@ -295,6 +309,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -368,6 +383,8 @@ def check_settings(settings: Settings, training: dict[str, Any]) -> None:
             raise InputError("--use_liger_kernel needs a GPU, and none is here: leave it out")
         if not is_liger_kernel_available():
             raise InputError("--use_liger_kernel needs a package: pip install liger-kernel")
+    if settings.backend == "unsloth":
+        check_unsloth(values)
     if not Path(settings.train_data).is_file():
         raise InputError(
             f"--train_data {settings.train_data} does not exist; make it with: "
@@ -387,6 +404,30 @@ def check_settings(settings: Settings, training: dict[str, Any]) -> None:
                 f"--val_data {item}: there is no file {path}; a dataset of the Hugging Face Hub is "
                 "written NAME=HUB_ID:SPLIT, for example boolq=google/boolq:validation"
             )
+
+
+def check_unsloth(values: dict[str, Any]) -> None:
+    """Refuses what unsloth's kernels cannot do, or where they are not."""
+    for flag, value in (
+        ("adapter", "activated"),  # its kernels would apply the adapter to every token
+        ("load_in_8bit", True),  # another code path of unsloth's: it rewrites model and loss
+        ("fp8", True),
+        ("use_liger_kernel", True),
+        ("attn_implementation", "eager"),  # it chooses its own
+        ("attn_implementation", "flash_attention_2"),
+    ):
+        if values.get(flag) == value:
+            given = f"--{flag}" if value is True else f"--{flag} {value}"
+            raise InputError(f"{given} and --backend unsloth exclude each other: give one of them")
+    if not torch.cuda.is_available():
+        raise InputError("--backend unsloth needs a GPU, and none is here: leave it out")
+    if not find_spec("unsloth"):
+        raise InputError("--backend unsloth needs a package: pip install unsloth")
+    if "unsloth" not in sys.modules:
+        raise InputError(
+            "--backend unsloth must be on the command line that starts python: unsloth has to be "
+            "imported before transformers"
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1153,6 +1194,11 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+# Whose forward passes unsloth replaces by ones that still call embedding and head as modules, so
+# that the tag rows are seen; Gemma's detaches the embedding, others are rewritten as source
+UNSLOTH_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+
+
 def load_base_model(
     model_name: str,
     dtype: torch.dtype = torch.float32,
@@ -1160,6 +1206,7 @@ def load_base_model(
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
     fp8: bool = False,
+    backend: str = "hf",
 ) -> PreTrainedModel:
     """The pretrained model on this process's own device, its weights in `dtype` or quantised.
 
@@ -1177,13 +1224,28 @@ def load_base_model(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_name,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            quantization_config=quantization,
-            device_map={"": device},
-        )
+        if backend == "unsloth":
+            kind = AutoConfig.from_pretrained(model_name).model_type
+            if kind not in UNSLOTH_MODELS:
+                raise ValueError(f"--backend unsloth takes {', '.join(UNSLOTH_MODELS)}, not {kind}")
+            model, _ = unsloth.FastLanguageModel.from_pretrained(
+                model_name,
+                max_seq_length=None,  # the model's own; a greater one would rescale its positions
+                dtype=dtype,
+                load_in_4bit=load_in_4bit,
+                device_map={"": device},
+                use_gradient_checkpointing=False,  # Trainer turns it on
+                use_exact_model_name=True,  # not a copy of unsloth's own
+                offload_embedding=False,
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                model_name,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                quantization_config=quantization,
+                device_map={"": device},
+            )
     except (OSError, ImportError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"--model_name {model_name} cannot be loaded: {reason}") from error
@@ -1387,17 +1449,27 @@ def initialize_model_with_tokens(
         for name, module in model.named_modules()
         if any(module is part for part in trained)
     ]
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora_r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules="all-linear",
-        trainable_token_indices=dict.fromkeys(names, ids.all),
-        alora_invocation_tokens=[ids.marker] if adapter == "activated" else None,
-    )
-    model = get_peft_model(model, config)
-    use_lean_layers(model)
+    options = {
+        "r": lora_r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "trainable_token_indices": dict.fromkeys(names, ids.all),
+        "alora_invocation_tokens": [ids.marker] if adapter == "activated" else None,
+    }
+    if loading.get("backend") == "unsloth":
+        model = unsloth.FastLanguageModel.get_peft_model(
+            model,
+            use_gradient_checkpointing=False,
+            random_state=torch.initial_seed() % 2**32,  # it sets every seed anew
+            **options,
+        )
+        for name, weight in model.named_parameters():
+            if "trainable_tokens_delta" in name:  # unsloth freezes all but the LoRA matrices
+                weight.requires_grad_(True)
+    else:
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **options)
+        model = get_peft_model(model, config)
+    use_lean_layers(model, rows_only=uses_unsloth(model))
     return model, tokenizer
 
 
@@ -1482,11 +1554,13 @@ def lean_mlp(mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return mlp.down_proj(SwiGLU.apply(mlp.gate_proj(x), mlp.up_proj(x)))
 
 
-def use_lean_layers(model: PeftModel) -> None:
+def use_lean_layers(model: PeftModel, rows_only: bool = False) -> None:
     """Replaces PEFT's forward passes by ours, which compute the same; nothing saved changes."""
     for module in model.modules():
         if type(module) is TrainableTokensLayer:
             module.__class__ = TokenRows
+        if rows_only:
+            continue
         frozen = getattr(module, "base_layer", None)
         if type(module) is lora.Linear and type(frozen) in (torch.nn.Linear, Float8Linear):
             module.__class__ = LeanLora
@@ -1496,6 +1570,10 @@ def use_lean_layers(model: PeftModel) -> None:
             kind = type(module)
             if kind.forward is not lean_mlp:
                 module.__class__ = type(f"Lean{kind.__name__}", (kind,), {"forward": lean_mlp})
+
+
+def uses_unsloth(model: PeftModel) -> bool:
+    return hasattr(model, "for_inference")
 
 
 def is_activated(model: PeftModel) -> bool:
@@ -1558,7 +1636,7 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def prefill(
+def run_decoder(
     model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None
 ) -> Any:
     """Runs sequences padded on the right through the decoder alone: no logits are computed.
@@ -1568,15 +1646,18 @@ def prefill(
         mask: (batch, length with cache), needed where padding stands before `ids`' end.
 
     Returns:
-        The key-value cache of all columns so far.
+        What the decoder does, with `last_hidden_state` and `past_key_values`.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     places = {} if mask is None else {"position_ids": positions(mask)[:, -ids.shape[1] :]}
-    return (
-        base.get_decoder()(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **places
-        )
-    ).past_key_values
+    return base.get_decoder()(
+        input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **places
+    )
+
+
+def prefill(*args: Any) -> Any:
+    """The key-value cache of all columns so far, after run_decoder() with the same arguments."""
+    return run_decoder(*args).past_key_values
 
 
 def invoke_marker(
@@ -1604,11 +1685,17 @@ def exact_logits(model: PeftModel, cache: Any, mask: torch.Tensor, ids: Confiden
     bfloat16 a logit of 20 has a spacing of 0.125, which would make steps of 3 % in P(C)."""
     head = model.get_base_model().get_output_embeddings()
     hidden = []
-    handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0][:, -1]))
-    try:
-        logits = invoke_marker(model, cache, mask, ids.marker).float()
-    finally:
-        handle.remove()
+    if uses_unsloth(model):  # of a single record it would multiply by the head's weight itself
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        marker = torch.full_like(mask[:, :1], ids.marker)
+        hidden.append(run_decoder(model, marker, mask, cache).last_hidden_state[:, -1])
+        logits = head(hidden[0]).float()
+    else:
+        handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0][:, -1]))
+        try:
+            logits = invoke_marker(model, cache, mask, ids.marker).float()
+        finally:
+            handle.remove()
     rows = head.token_adapter.trainable_tokens_delta[model.active_adapter]
     logits[:, ids.all] = hidden[0].float() @ rows.float().T
     return logits
@@ -1990,6 +2077,12 @@ class ConfidenceTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
+        if uses_unsloth(self.model):
+            # To generate it turned checkpointing off, and keeps copies of the LoRA weights that the
+            # next validation would answer by; nothing but this drops them
+            self.model.for_training(use_gradient_checkpointing=False)
+            if self.args.gradient_checkpointing:
+                self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         self.log(metrics)
         self.timed = (self.timed[0] + time.perf_counter() - start, self.timed[1])
         return metrics
@@ -2627,6 +2720,8 @@ def initialize_fitting_model(
     """
     asked_bits = 8 if settings.load_in_8bit else 4 if settings.load_in_4bit else None
     ladder = [asked_bits] if asked_bits or settings.fp8 or not measure else [None, 8, 4]
+    if settings.backend == "unsloth":
+        ladder = [bits for bits in ladder if bits != 8]
     share, asked = args.per_device_train_batch_size, args.gradient_checkpointing
     for bits in ladder:
         model, size = None, 0
@@ -2642,6 +2737,7 @@ def initialize_fitting_model(
                 load_in_8bit=bits == 8,
                 load_in_4bit=bits == 4,
                 fp8=settings.fp8,
+                backend=settings.backend,
             )
         except torch.OutOfMemoryError:
             if not measure:
