@@ -44,6 +44,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache, partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
@@ -192,6 +193,12 @@ class RunSettings:
         "attention kernel; flash_attention_2 needs a GPU and the flash-attn package",
         choices=["sdpa", "flash_attention_2", "eager"],
     )
+    backend: str = setting(
+        "hf",
+        "unsloth: its kernels under the training (a LoRA on one GPU a process); "
+        "needs a GPU and the unsloth package",
+        choices=["hf", "unsloth"],
+    )
     profile: bool = setting(
         False, "record updates 3 to 5 in detail into logs/, for TensorBoard or ui.perfetto.dev"
     )
@@ -297,6 +304,13 @@ def build_parser(kind: type[RunSettings] = Settings) -> argparse.ArgumentParser:
 if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
     build_parser().parse_args()  # answers here, before the imports below take their seconds
 
+if re.search(r"--backend[= ]unsloth\b", " ".join(sys.argv)) and find_spec("unsloth"):
+    import torch
+
+    if torch.cuda.is_available():  # without one its import fails; check_settings() says so better
+        os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it reports each load to the Hub
+        import unsloth  # before transformers and peft, whose classes it patches
+
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels nobody asked for
 import datasets
 import numpy as np
@@ -316,6 +330,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -386,6 +401,8 @@ def check_run_settings(settings: RunSettings, training: dict[str, Any]) -> None:
             raise InputError("--use_liger_kernel needs a GPU, and none is here: leave it out")
         if not is_liger_kernel_available():
             raise InputError("--use_liger_kernel needs a package: pip install liger-kernel")
+    if settings.backend == "unsloth":
+        check_unsloth(values)
 
 
 def check_settings(settings: Settings, training: dict[str, Any]) -> None:
@@ -415,6 +432,30 @@ def check_settings(settings: Settings, training: dict[str, Any]) -> None:
                 f"--val_data {item}: there is no file {path}; a dataset of the Hugging Face Hub is "
                 "written NAME=HUB_ID:SPLIT, for example boolq=google/boolq:validation"
             )
+
+
+def check_unsloth(values: dict[str, Any]) -> None:
+    """Refuses what unsloth's kernels cannot do, or where they are not."""
+    for flag, value in (
+        ("adapter", "activated"),  # its kernels would apply the adapter to every token
+        ("load_in_8bit", True),  # another code path of unsloth's: it rewrites model and loss
+        ("fp8", True),
+        ("use_liger_kernel", True),
+        ("attn_implementation", "eager"),  # it chooses its own
+        ("attn_implementation", "flash_attention_2"),
+    ):
+        if values.get(flag) == value:
+            given = f"--{flag}" if value is True else f"--{flag} {value}"
+            raise InputError(f"{given} and --backend unsloth exclude each other: give one of them")
+    if not torch.cuda.is_available():
+        raise InputError("--backend unsloth needs a GPU, and none is here: leave it out")
+    if not find_spec("unsloth"):
+        raise InputError("--backend unsloth needs a package: pip install unsloth")
+    if "unsloth" not in sys.modules:
+        raise InputError(
+            "--backend unsloth must be on the command line that starts python: unsloth has to be "
+            "imported before transformers"
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1208,6 +1249,11 @@ def load_tokenizer(model_name: str, trust_remote_code: bool = False) -> PreTrain
     return tokenizer
 
 
+# Whose forward passes unsloth replaces by ones that still call embedding and head as modules, so
+# that the tag rows are seen; Gemma's detaches the embedding, others are rewritten as source
+UNSLOTH_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+
+
 def load_base_model(
     model_name: str,
     dtype: torch.dtype = torch.float32,
@@ -1215,6 +1261,7 @@ def load_base_model(
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
     fp8: bool = False,
+    backend: str = "hf",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The pretrained model on this process's own device, its weights in `dtype` or quantised.
@@ -1233,14 +1280,30 @@ def load_base_model(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_name,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            quantization_config=quantization,
-            device_map={"": device},
-            trust_remote_code=trust_remote_code,
-        )
+        if backend == "unsloth":
+            kind = AutoConfig.from_pretrained(model_name).model_type
+            if kind not in UNSLOTH_MODELS:
+                raise ValueError(f"--backend unsloth takes {', '.join(UNSLOTH_MODELS)}, not {kind}")
+            model, _ = unsloth.FastLanguageModel.from_pretrained(
+                model_name,
+                max_seq_length=None,  # the model's own; a greater one would rescale its positions
+                dtype=dtype,
+                load_in_4bit=load_in_4bit,
+                device_map={"": device},
+                use_gradient_checkpointing=False,  # Trainer turns it on
+                use_exact_model_name=True,  # not a copy of unsloth's own
+                offload_embedding=False,
+                trust_remote_code=trust_remote_code,
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                model_name,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                quantization_config=quantization,
+                device_map={"": device},
+                trust_remote_code=trust_remote_code,
+            )
     except (OSError, ImportError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"--model_name {model_name} cannot be loaded: {reason}") from error
@@ -1448,10 +1511,11 @@ def initialize_model_with_tokens(
     ]
     model = add_adapter(
         model,
+        target_modules,
+        loading.get("backend", "hf"),
         r=lora_r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
-        target_modules=target_modules,
         trainable_token_indices=dict.fromkeys(names, ids.all),
         alora_invocation_tokens=[ids.marker] if adapter == "activated" else None,
     )
@@ -1459,7 +1523,10 @@ def initialize_model_with_tokens(
 
 
 def add_adapter(
-    model: PreTrainedModel, target_modules: list[str] | None = None, **options: Any
+    model: PreTrainedModel,
+    target_modules: list[str] | None = None,
+    backend: str = "hf",
+    **options: Any,
 ) -> PeftModel:
     """The model in a fresh LoRA of PEFT's LoraConfig(**options), on every linear layer or on those
     whose names end as `target_modules` say.
@@ -1468,14 +1535,26 @@ def add_adapter(
         InputError: if the model has no such layer.
     """
     every = target_modules in (None, ["all-linear"])
-    config = LoraConfig(
-        task_type="CAUSAL_LM", target_modules="all-linear" if every else target_modules, **options
-    )
-    try:
-        model = get_peft_model(model, config)
-    except ValueError as error:
-        raise InputError(f"--target_modules {target_modules}: {error}") from error
-    use_lean_layers(model)
+    if backend == "unsloth":
+        if not every:
+            options["target_modules"] = target_modules
+        model = unsloth.FastLanguageModel.get_peft_model(
+            model,
+            use_gradient_checkpointing=False,
+            random_state=torch.initial_seed() % 2**32,  # it sets every seed anew
+            **options,
+        )
+        for name, weight in model.named_parameters():
+            if "trainable_tokens_delta" in name:  # unsloth freezes all but the LoRA matrices
+                weight.requires_grad_(True)
+    else:
+        targets = "all-linear" if every else target_modules
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **options)
+        try:
+            model = get_peft_model(model, config)
+        except ValueError as error:
+            raise InputError(f"--target_modules {target_modules}: {error}") from error
+    use_lean_layers(model, rows_only=backend == "unsloth")
     return model
 
 
@@ -1560,11 +1639,13 @@ def lean_mlp(mlp: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return mlp.down_proj(SwiGLU.apply(mlp.gate_proj(x), mlp.up_proj(x)))
 
 
-def use_lean_layers(model: PeftModel) -> None:
+def use_lean_layers(model: PeftModel, rows_only: bool = False) -> None:
     """Replaces PEFT's forward passes by ours, which compute the same; nothing saved changes."""
     for module in model.modules():
         if type(module) is TrainableTokensLayer:
             module.__class__ = TokenRows
+        if rows_only:
+            continue
         frozen = getattr(module, "base_layer", None)
         if type(module) is lora.Linear and type(frozen) in (torch.nn.Linear, Float8Linear):
             module.__class__ = LeanLora
@@ -1574,6 +1655,10 @@ def use_lean_layers(model: PeftModel) -> None:
             kind = type(module)
             if kind.forward is not lean_mlp:
                 module.__class__ = type(f"Lean{kind.__name__}", (kind,), {"forward": lean_mlp})
+
+
+def uses_unsloth(model: PeftModel) -> bool:
+    return hasattr(model, "for_inference")
 
 
 def is_activated(model: PeftModel) -> bool:
@@ -1641,7 +1726,7 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def prefill(
+def run_decoder(
     model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None
 ) -> Any:
     """Runs sequences padded on the right through the decoder alone: no logits are computed.
@@ -1651,15 +1736,18 @@ def prefill(
         mask: (batch, length with cache), needed where padding stands before `ids`' end.
 
     Returns:
-        The key-value cache of all columns so far.
+        What the decoder does, with `last_hidden_state` and `past_key_values`.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     places = {} if mask is None else {"position_ids": positions(mask)[:, -ids.shape[1] :]}
-    return (
-        base.get_decoder()(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **places
-        )
-    ).past_key_values
+    return base.get_decoder()(
+        input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **places
+    )
+
+
+def prefill(*args: Any) -> Any:
+    """The key-value cache of all columns so far, after run_decoder() with the same arguments."""
+    return run_decoder(*args).past_key_values
 
 
 def invoke_marker(
@@ -1687,11 +1775,17 @@ def exact_logits(model: PeftModel, cache: Any, mask: torch.Tensor, ids: Confiden
     bfloat16 a logit of 20 has a spacing of 0.125, which would make steps of 3 % in P(C)."""
     head = model.get_base_model().get_output_embeddings()
     hidden = []
-    handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0][:, -1]))
-    try:
-        logits = invoke_marker(model, cache, mask, ids.marker).float()
-    finally:
-        handle.remove()
+    if uses_unsloth(model):  # of a single record it would multiply by the head's weight itself
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        marker = torch.full_like(mask[:, :1], ids.marker)
+        hidden.append(run_decoder(model, marker, mask, cache).last_hidden_state[:, -1])
+        logits = head(hidden[0]).float()
+    else:
+        handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0][:, -1]))
+        try:
+            logits = invoke_marker(model, cache, mask, ids.marker).float()
+        finally:
+            handle.remove()
     rows = head.token_adapter.trainable_tokens_delta[model.active_adapter]
     logits[:, ids.all] = hidden[0].float() @ rows.float().T
     return logits
@@ -1993,7 +2087,7 @@ class Recipe(NamedTuple):
     batch_loss: Callable[[torch.nn.Module, dict[str, torch.Tensor]], tuple[torch.Tensor, int]]
     flops_per_token: Callable[[PreTrainedModel | PeftModel, bool], float]  # with recomputation?
     recomputable: bool = True  # whether gradient checkpointing can save memory
-    quantizable: bool = True  # whether the weights may be quantised where memory asks for it
+    bits: tuple[int | None, ...] = (None, 8, 4)  # of weights, tried in turn until a batch fits
 
 
 def confidence_recipe(settings: Settings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype):
@@ -2012,17 +2106,19 @@ def confidence_recipe(settings: Settings, tokenizer: PreTrainedTokenizerBase, dt
             load_in_8bit=bits == 8,
             load_in_4bit=bits == 4,
             fp8=settings.fp8,
+            backend=settings.backend,
             trust_remote_code=settings.trust_remote_code,
         )
         return model
 
+    bits = (None,) if settings.fp8 else (None, 4) if settings.backend == "unsloth" else (None, 8, 4)
     return Recipe(
         build,
         Collator(tokenizer.pad_token_id),
         partial(label_loss, ids=confidence_ids(tokenizer)),
         flops_per_token,
         recomputable=settings.adapter == "lora",
-        quantizable=not settings.fp8,
+        bits=bits,
     )
 
 
@@ -2117,6 +2213,12 @@ class LabelTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
+        if uses_unsloth(self.model):
+            # To generate it turned checkpointing off, and keeps copies of the LoRA weights that the
+            # next validation would answer by; nothing but this drops them
+            self.model.for_training(use_gradient_checkpointing=False)
+            if self.args.gradient_checkpointing:
+                self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         self.log(metrics)
         self.timed = (self.timed[0] + time.perf_counter() - start, self.timed[1])
         return metrics
@@ -2817,7 +2919,7 @@ def initialize_fitting_model(
     asked_bits = 8 if settings.load_in_8bit else 4 if settings.load_in_4bit else None
     if not run.measure:
         return recipe.build(asked_bits)
-    ladder = [asked_bits] if asked_bits or not recipe.quantizable else [None, 8, 4]
+    ladder = [asked_bits] if asked_bits else recipe.bits
     share, asked = args.per_device_train_batch_size, args.gradient_checkpointing
     for bits in ladder:
         model, size = None, 0

@@ -29,21 +29,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from datasets import Dataset, concatenate_datasets
-from rouge_score.rouge_scorer import RougeScorer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
-
+# Before the libraries: with --backend unsloth it imports that first, which patches them
 from train_confidence_lora import (
     ALL,
     Collator,
@@ -77,6 +63,22 @@ from train_confidence_lora import (
     setting,
     tokenize,
     train,
+)
+
+# isort: split
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset, concatenate_datasets
+from rouge_score.rouge_scorer import RougeScorer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 # ------------------------------------------------------------------------------------------------
@@ -168,6 +170,10 @@ def check_settings(settings: LanguageSettings, training: dict[str, Any]) -> None
         raise InputError(
             f"--hidden_size {settings.hidden_size} is no multiple of 2 x --num_heads "
             f"{settings.num_heads}: each head needs an even width"
+        )
+    if settings.backend == "unsloth" and settings.tuning in ("full", "scratch"):
+        raise InputError(
+            f"--backend unsloth is for LoRA: leave it out with --tuning {settings.tuning}"
         )
     if settings.tokenizer_name and settings.tuning != "scratch":
         raise InputError("--tokenizer_name is for --tuning scratch: a model has its own tokenizer")
@@ -581,14 +587,15 @@ def language_recipe(
     def build(bits: int | None) -> torch.nn.Module:
         if settings.tuning == "scratch":
             return new_model(settings, tokenizer)
-        if settings.tuning == "qlora" and bits is None:
-            bits = 4
+        if settings.tuning == "qlora":
+            bits = bits or 4
         model = load_base_model(
             settings.model_name,
             dtype if frozen else torch.float32,
             settings.attn_implementation,
             load_in_8bit=bits == 8,
             load_in_4bit=bits == 4,
+            backend=settings.backend,
             trust_remote_code=settings.trust_remote_code,
         )
         if not frozen:
@@ -596,6 +603,7 @@ def language_recipe(
         return add_adapter(
             model,
             settings.target_modules,
+            settings.backend,
             r=settings.lora_r,
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
@@ -606,7 +614,7 @@ def language_recipe(
         BlockCollator(tokenizer.pad_token_id, settings.attn_implementation == "flash_attention_2"),
         language_loss,
         flops_per_token if frozen else full_flops_per_token,
-        quantizable=settings.tuning == "lora",
+        bits=(None, 4) if settings.backend == "unsloth" else (None, 8, 4) if frozen else (None,),
     )
 
 
