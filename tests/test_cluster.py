@@ -39,8 +39,9 @@ done
 """
 BOTH = """for machine in 0 1; do
   mkdir -p "machine$machine"
-  (cd "machine$machine" && exec $ENTER"$machine" "$@" --machine_rank "$machine" \
-    > log 2>&1) & jobs[machine]=$!
+  (cd "machine$machine" && exec timeout -k 10 200 $ENTER"$machine" "${@/MACHINE/$machine}" \
+    > log 2>&1) &
+  jobs[machine]=$!
 done
 status=0
 for job in "${jobs[@]}"; do wait "$job" || status=$?; done
@@ -65,27 +66,25 @@ def free_port():
 NETWORKS = networks_allowed()
 
 
-def on_two_machines(command, folder, environment=(), timeout=240):
+def on_two_machines(command, folder):
     """Runs a command on two machines, each in a folder of its own, machine0 and machine1.
 
-    `ip` in the command becomes the address of machine 0, and --machine_rank is added. Returns what
-    the two said.
+    In the command, MACHINE stands for the machine's number and ADDRESS for where machine 0 is.
+    Returns what the two said.
     """
-    environment = {**os.environ, **dict(environment)}
     if NETWORKS:
         shell, address = [*ALONE, "bash", "-c", CABLE + BOTH], "10.0.0.10"
-        # gloo looks up the name of the computer, which on both is this one's
-        environment |= {"ENTER": "nsenter --net=/run/netns/", "GLOO_SOCKET_IFNAME": "eth0"}
+        # gloo would look up the name of the computer, which both machines have from this one
+        environment = {"ENTER": "nsenter --net=/run/netns/", "GLOO_SOCKET_IFNAME": "eth0"}
     else:
         shell, address = ["bash", "-c", BOTH], "127.0.0.1"
-        environment |= {"ENTER": "env MACHINE="}
-    command = [address if word == "ip" else word for word in command]
+        environment = {"ENTER": "env NUMBER="}
     result = subprocess.run(
-        [*shell, "-", *command], cwd=folder, env=environment, timeout=timeout,
-        capture_output=True, text=True,
+        [*shell, "-", *(word.replace("ADDRESS", address) for word in command)],
+        cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True,
     )  # fmt: skip
-    said = [(folder / f"machine{machine}" / "log") for machine in (0, 1)]
-    said = [path.read_text() if path.exists() else "" for path in said]
+    logs = [folder / f"machine{machine}" / "log" for machine in (0, 1)]
+    said = [path.read_text() if path.exists() else "" for path in logs]
     assert result.returncode == 0, "\n".join([result.stderr, *said])
     return said
 
@@ -95,7 +94,8 @@ def accelerate(machines, *arguments):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
                str(ROOT / "train_config_4gpu.yaml"), "--num_processes", "2",
                "--num_machines", str(machines), "--main_process_port", free_port()]  # fmt: skip
-    command += ["--main_process_ip", "ip"] if machines == 2 else []
+    if machines == 2:
+        command += ["--machine_rank", "MACHINE", "--main_process_ip", "ADDRESS"]
     return [*command, str(ROOT / "train_confidence_lora.py"), *arguments]
 
 
@@ -367,17 +367,13 @@ def test_what_the_manifest_mounts_is_there():
     assert documents["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
-POD = """export PET_NODE_RANK=${*: -1}
-expanded=()
-for word in "${@:1:$#-2}"; do
-  while [[ $word =~ \\$\\(([A-Z_]+)\\) ]]; do
-    name=${BASH_REMATCH[1]}
-    word=${word/"\\$($name)"/${!name}}
-  done
-  expanded+=("$word")
+POD = """words=()
+for word in "$@"; do  # $(NAME) is what Kubernetes replaces, before anything runs
+  [[ $word =~ ^\\$\\(([A-Z_]+)\\)$ ]] && word=${!BASH_REMATCH[1]}
+  words+=("$word")
 done
 cd "$CHECKOUT"
-exec "${expanded[@]}"
+exec "${words[@]}"
 """
 
 
@@ -386,10 +382,9 @@ def test_the_manifests_command_makes_one_world_of_its_workers(checkout, one_mach
     trainer = manifest()["TrainJob"]["spec"]["trainer"]
     command = [sys.executable if word == "python" else word for word in trainer["command"]]
     arguments = ["run.yaml" if word.startswith("configs/") else word for word in trainer["args"]]
-    environment = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_PORT": free_port(),
-                   "PET_MASTER_ADDR": "10.0.0.10" if NETWORKS else "127.0.0.1",
-                   "CHECKOUT": str(checkout)}  # fmt: skip
-    pod = ["bash", "-c", POD, "-", *command, *arguments]
-    said = on_two_machines(pod, tmp_path, environment)
+    variables = ["PET_NNODES=2", "PET_NPROC_PER_NODE=1", "PET_NODE_RANK=MACHINE",
+                 "PET_MASTER_ADDR=ADDRESS", f"PET_MASTER_PORT={free_port()}"]  # fmt: skip
+    worker = ["env", *variables, f"CHECKOUT={checkout}", "bash", "-c", POD, "-"]
+    said = on_two_machines([*worker, *command, *arguments], tmp_path)
     assert "Distributed training with 2 processes" in said[0]
     assert_same_run(tmp_path / "run", one_machine)
