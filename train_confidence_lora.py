@@ -2732,7 +2732,7 @@ def resolve_precision(training: dict[str, Any]) -> torch.dtype:
 
 
 def make_training_arguments(
-    training: dict[str, Any], global_batch: int | None, resuming: bool
+    training: dict[str, Any], global_batch: int | None
 ) -> TrainingArguments:
     """transformers' arguments; this is where the processes of a distributed run meet.
 
@@ -2746,7 +2746,7 @@ def make_training_arguments(
     defaults = {
         "use_cpu": not torch.cuda.is_available(),
         "eval_strategy": "steps",
-        "eval_on_start": not resuming,
+        "eval_on_start": True,
         "greater_is_better": not metric.endswith(LOWER_IS_BETTER) if metric else None,
         "ddp_find_unused_parameters": False,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},  # what DDP can work with
@@ -2769,6 +2769,9 @@ def make_training_arguments(
         "report_to": report_to,
         "remove_unused_columns": False,
     }
+    if not torch.cuda.is_available():
+        # With several processes accelerate would say cpu:0, and no checkpoint could be loaded there
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     try:
         args = TrainingArguments(**chosen)
     except (ValueError, TypeError) as error:
@@ -2979,19 +2982,38 @@ class Run(NamedTuple):
 
 
 def open_run(settings: RunSettings, training: dict[str, Any]) -> Run:
-    """Looks into --output_dir and makes transformers' arguments; the processes meet here."""
+    """Looks into --output_dir and makes transformers' arguments; the processes meet here.
+
+    Raises:
+        InputError: on every process, if the main one cannot use its folder, or another machine's
+            folder lacks the checkpoint to go on from.
+    """
     dtype = resolve_precision(training)
     folder, saved = Path(training["output_dir"]), settings_to_save(settings, training)
-    checkpoint = training.pop("resume_from_checkpoint", None)
-    if checkpoint is None:
-        checkpoint = check_output_dir(folder, saved, settings.overwrite_output_dir)
-    elif not Path(checkpoint, "trainer_state.json").is_file():
-        raise InputError(
-            f"--resume_from_checkpoint {checkpoint} is no checkpoint folder; without the flag an "
-            "unfinished run in --output_dir goes on from its last checkpoint"
-        )
+    checkpoint, problem = training.pop("resume_from_checkpoint", None), None
+    try:
+        if checkpoint is None:
+            checkpoint = check_output_dir(folder, saved, settings.overwrite_output_dir)
+        elif not Path(checkpoint, "trainer_state.json").is_file():
+            raise InputError(
+                f"--resume_from_checkpoint {checkpoint} is no checkpoint folder; without the flag "
+                "an unfinished run in --output_dir goes on from its last checkpoint"
+            )
+    except InputError as error:
+        problem = error
     measure = training["per_device_train_batch_size"] == "auto"
-    args = make_training_arguments(training, settings.global_batch_size, checkpoint is not None)
+    args = make_training_arguments(training, settings.global_batch_size)
+    found = gather_object([(checkpoint, str(problem) if problem else None)])
+    checkpoint, problem = found[0]  # the main process decides: a machine may have disks of its own
+    if problem:
+        raise InputError(problem)
+    if checkpoint and any(other != checkpoint for other, _ in found):
+        raise InputError(
+            f"{checkpoint} is not on every machine: --output_dir must lie on a disk that all share "
+            "for a run to go on; --overwrite_output_dir begins it anew"
+        )
+    if checkpoint:
+        args.eval_on_start = False
     set_seed(args.seed)
     if args.world_size > 1:
         say(f"Distributed training with {args.world_size} processes")

@@ -197,7 +197,7 @@ def parse_chat(line: str) -> dict[str, Any]:
     """
     row = parse_object(line)
     if "conversations" in row:
-        turns = [{"role": turn["from"], "content": turn["value"]} for turn in row["conversations"]]
+        turns = row["conversations"]
     elif "completion" in row:
         turns = turns_of(user=row.get("prompt"), assistant=row["completion"])
     elif "output" in row:
@@ -211,7 +211,8 @@ def parse_chat(line: str) -> dict[str, Any]:
         raise ValueError('no "messages": a list of {"role": …, "content": …}')
     messages = []
     for turn in turns:
-        role, content = ROLES.get(turn.get("role"), turn.get("role")), turn.get("content")
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role = ROLES.get(role, role)
         if role not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"unknown role {role!r}; known are system, user, assistant, tool")
         if not isinstance(content, str) or not content.strip():
@@ -360,7 +361,8 @@ def chat_segments(
     for number, message in enumerate(messages):
         start = whole.find(message["content"].strip(), at)
         if message["role"] != "assistant":
-            at = max(at, start)  # a template may leave out or move what is not the assistant's
+            if start >= 0:  # a template may leave out or move what is not the assistant's
+                at = start + len(message["content"].strip())
             continue
         if start < 0:
             raise ValueError(f"the chat template changes the text of message {number + 1}")
@@ -658,7 +660,7 @@ def language_loss(
 
 def head_is_last(model: torch.nn.Module) -> bool:
     """Whether the logits are what the head gives; Gemma 2, Granite and others change them after it.
-    Found out by a pass of one token, once."""
+    Found out by a pass of a few tokens, once."""
     if not hasattr(model, "_head_is_last"):
         seen = []
         handle = model.get_output_embeddings().register_forward_hook(
@@ -666,8 +668,8 @@ def head_is_last(model: torch.nn.Module) -> bool:
         )
         try:
             with torch.no_grad():
-                token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-                logits = model(input_ids=token, use_cache=False).logits
+                tokens = torch.arange(8, device=model.device)[None]
+                logits = model(input_ids=tokens, use_cache=False).logits
         finally:
             handle.remove()
         model._head_is_last = torch.equal(seen[0].float(), logits.float())

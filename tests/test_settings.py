@@ -119,7 +119,7 @@ def test_the_best_model_is_chosen_in_the_metrics_own_direction(metric, greater_i
         ["--metric_for_best_model", metric, "--output_dir", str(tmp_path)]
     )
     confidence.resolve_precision(training)
-    args = confidence.make_training_arguments(training, None, resuming=False)
+    args = confidence.make_training_arguments(training, None)
     assert args.greater_is_better is greater_is_better
 
 
