@@ -344,7 +344,8 @@ from transformers import (
     set_seed,
 )
 from transformers.activations import SiLUActivation
-from transformers.integrations import TensorBoardCallback
+from transformers.distributed import DistributedConfig
+from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import is_liger_kernel_available
@@ -1228,6 +1229,50 @@ class Score(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------
+# Strategy: how the launch had the work split. It is chosen by accelerate's configuration file
+
+
+def tensor_parallel_size() -> int:
+    """Processes that share one replica of the model, each with a part of every matrix."""
+    return int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
+
+
+def replicas() -> int:
+    """Shares that a batch is split into: one for each process, or group of tensor parallel ones."""
+    return int(os.environ.get("WORLD_SIZE", "1")) // tensor_parallel_size()
+
+
+def sharding() -> str | None:
+    """What splits the parameters over the processes: "zero3", "fsdp2", "tp", or None: each process
+    holds them all. To ask once TrainingArguments has been made."""
+    if tensor_parallel_size() > 1:
+        return "tp"
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return "fsdp2"
+    return "zero3" if is_deepspeed_zero3_enabled() else None
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuses to train otherwise than the launch asked for: accelerate falls back silently.
+
+    Raises:
+        InputError: naming what was asked for and what there is.
+    """
+    asked = {"zero3": "DEEPSPEED", "fsdp2": "FSDP"}.get(sharding())
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        asked = "DEEPSPEED"
+    kind = trainer.accelerator.distributed_type.value
+    if asked not in (None, kind):
+        raise InputError(
+            f"the launch asked for {asked} and accelerate made it {kind}, as it does without GPUs: "
+            "launch with configs/strategies/ddp.yaml"
+        )
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if trainer.args.world_size != world_size:
+        raise InputError(f"{world_size} processes were launched, {trainer.args.world_size} met")
+
+
+# ------------------------------------------------------------------------------------------------
 # Model and tokenizer
 
 
@@ -1264,7 +1309,8 @@ def load_base_model(
     backend: str = "hf",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The pretrained model on this process's own device, its weights in `dtype` or quantised.
+    """The pretrained model on this process's own device, its weights in `dtype` or quantised, or
+    this process's part of it.
 
     Raises:
         InputError: if it cannot be found or loaded.
@@ -1296,13 +1342,18 @@ def load_base_model(
                 trust_remote_code=trust_remote_code,
             )
         else:
+            place: dict[str, Any] = {"device_map": {"": device}}
+            if sharding():  # DeepSpeed or accelerate place what they split
+                place = {}
+            if sharding() == "tp":
+                place["distributed_config"] = DistributedConfig(tp_size=tensor_parallel_size())
             model = AutoModelForCausalLM.from_pretrained(
                 model_name,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 quantization_config=quantization,
-                device_map={"": device},
                 trust_remote_code=trust_remote_code,
+                **place,
             )
     except (OSError, ImportError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -1554,7 +1605,8 @@ def add_adapter(
             model = get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"--target_modules {target_modules}: {error}") from error
-    use_lean_layers(model, rows_only=backend == "unsloth")
+    if not sharding():  # where modules must be called to have their weights
+        use_lean_layers(model, rows_only=backend == "unsloth")
     return model
 
 
@@ -2003,6 +2055,11 @@ def flops_per_token(model: PeftModel, recompute: bool) -> float:
     return count * (2 if is_activated(model) else 6 if recompute else 4)
 
 
+def parameter_count(parameter: torch.nn.Parameter) -> int:
+    """The whole parameter's elements, where ZeRO-3 may have left none of it here."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def peak_memory(reset: bool = False) -> int:
     """The most bytes this process has held since the last reset: allocations on its GPU, or without
     one its resident memory (Linux; elsewhere what is resident now)."""
@@ -2199,8 +2256,8 @@ class LabelTrainer(Trainer):
         self.totals += torch.stack([tokens, tokens.new_tensor(count), loss.detach()])
         if num_items_in_batch is None:
             return loss / count
-        # DDP averages the gradients of the processes; this makes it a sum over them
-        return loss / num_items_in_batch * self.accelerator.num_processes
+        # Gradients are averaged over the replicas; this makes it a sum over them
+        return loss / num_items_in_batch * replicas()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         lengths = (train_dataset or self.train_dataset)["length"]
@@ -2240,6 +2297,15 @@ class LabelTrainer(Trainer):
                 logs |= {f"peak_memory_gb_process_{i}": value for i, value in enumerate(peaks)}
         super().log(logs, start_time)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if sharding() != "tp":
+            super().save_model(output_dir, _internal_call)
+            return
+        # Gathers the parts of each matrix, for which all processes must call it
+        self.model.save_pretrained(output_dir, is_main_process=self.args.should_save)
+        if self.args.should_save:
+            self.processing_class.save_pretrained(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # Into the existing checkpoint folder; PEFT would add the whole embedding, Trainer a pickle
         options = {"save_embedding_layers": False} if isinstance(self.model, PeftModel) else {}
@@ -2248,8 +2314,8 @@ class LabelTrainer(Trainer):
 
 
 def global_batch_size(args: TrainingArguments) -> int:
-    """Records in one update: per process, times accumulation, times processes."""
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    """Records in one update: at a time, times accumulation, times replicas."""
+    return args.train_batch_size * args.gradient_accumulation_steps * replicas()
 
 
 class ConsoleCallback(TrainerCallback):
@@ -2754,11 +2820,10 @@ def make_training_arguments(
         "use_cache": True,  # into the saved configuration; training passes ask for none
     }
     report_to = [name for name in report_targets(training) if name != "tensorboard"]  # see run()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     batch, accumulation = split_update(
         training["per_device_train_batch_size"],
         training["gradient_accumulation_steps"],
-        world_size,
+        replicas(),
         global_batch,
     )
     chosen = {
@@ -2814,7 +2879,7 @@ def report_targets(training: dict[str, Any]) -> list[str]:
 def shorten_intervals(args: TrainingArguments, num_records: int) -> int:
     """Updates of the whole run. Longer intervals are cut to a quarter of it, with a warning:
     otherwise a short run would never validate or save before its end."""
-    batches = math.ceil(num_records / (args.train_batch_size * args.world_size))
+    batches = math.ceil(num_records / (args.train_batch_size * replicas()))
     per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     for name in ("eval_steps", "save_steps"):
@@ -2867,7 +2932,8 @@ def end_run(
         The summary (empty on other processes than the main one).
     """
     args, folder = trainer.args, validation.output_dir
-    tokens, labels, loss = trainer.accelerator.reduce(trainer.totals, "sum").tolist()
+    totals = trainer.accelerator.reduce(trainer.totals, "sum") / tensor_parallel_size()
+    tokens, labels, loss = totals.tolist()
     if not trainer.is_world_process_zero():
         return {}
     after, before = validation.last_and_first()
@@ -3014,6 +3080,16 @@ def open_run(settings: RunSettings, training: dict[str, Any]) -> Run:
         )
     if checkpoint:
         args.eval_on_start = False
+        if sharding() == "tp":
+            raise InputError(
+                "a tensor parallel run cannot go on from a checkpoint: --overwrite_output_dir "
+                "begins it anew"
+            )
+    if measure and (sharding() or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"):
+        raise InputError(
+            "--batch_size auto measures a model that one process holds, and this launch splits it: "
+            "give --batch_size N (plan_training.py memory says what fits)"
+        )
     set_seed(args.seed)
     if args.world_size > 1:
         say(f"Distributed training with {args.world_size} processes")
@@ -3032,12 +3108,12 @@ def train(
     """Trains, validating through `validation`, and writes everything of a run but its end."""
     args = run.args
     steps = shorten_intervals(args, len(encodings))
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    unit = "replicas" if sharding() == "tp" else "processes"
+    trainable = sum(parameter_count(p) for p in model.parameters() if p.requires_grad)
     say(
         f"{len(encodings)} records, {steps} steps of {global_batch_size(args)} records "
         f"({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulation x "
-        f"{args.world_size} processes), {str(run.dtype).removeprefix('torch.')}, "
-        f"{trainable:,} trainable parameters"
+        f"{replicas()} {unit}), {str(run.dtype).removeprefix('torch.')}, {trainable:,} trainable parameters"
     )
     PartialState().wait_for_everyone()  # all have looked into the folder before one changes it
     if args.process_index == 0:
@@ -3047,15 +3123,19 @@ def train(
     if run.checkpoint:
         say(f"resuming from {run.checkpoint}")
     writer = validation.writer
-    trainer = LabelTrainer(
-        recipe,
-        model=model,
-        args=args,
-        train_dataset=encodings,
-        eval_dataset=[],  # Trainer asks for one; evaluate() runs the callback
-        processing_class=tokenizer,
-        callbacks=[validation, *([TensorBoardCallback(writer)] if writer else [])],
-    )
+    try:
+        trainer = LabelTrainer(
+            recipe,
+            model=model,
+            args=args,
+            train_dataset=encodings,
+            eval_dataset=[],  # Trainer asks for one; evaluate() runs the callback
+            processing_class=tokenizer,
+            callbacks=[validation, *([TensorBoardCallback(writer)] if writer else [])],
+        )
+    except ValueError as error:  # settings, model and strategy that do not go together
+        raise InputError(f"transformers or accelerate refuses this launch: {error}") from error
+    check_strategy(trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ConsoleCallback())
     if settings.profile and args.process_index == 0:
@@ -3077,6 +3157,12 @@ def run(argv: list[str] | None) -> dict[str, Any]:
     records = read_training_records(settings)
     records, validation_sets, generate = choose_validation(settings, records, training["seed"])
     run = open_run(settings, training)
+    if strategy := sharding():
+        raise InputError(
+            f"a confidence run reads tags' rows and caches of a whole model, which {strategy} "
+            "splits: launch with configs/strategies/ddp.yaml or zero2.yaml, with --load_in_4bit "
+            "if the model is too large for a GPU"
+        )
     tokenizer = load_tokenizer(settings.model_name, settings.trust_remote_code)
     add_confidence_tokens(tokenizer)
     encodings = encode_dataset(tokenizer, records, settings)

@@ -55,12 +55,16 @@ from train_confidence_lora import (
     logits_only_at,
     main,
     open_run,
+    parameter_count,
     parse_command_line,
     plan_batches,
     read_records,
     replace_folder,
+    replicas,
     say,
     setting,
+    sharding,
+    tensor_parallel_size,
     tokenize,
     train,
 )
@@ -80,6 +84,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.pytorch_utils import Conv1D
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -177,6 +182,21 @@ def check_settings(settings: LanguageSettings, training: dict[str, Any]) -> None
         )
     if settings.tokenizer_name and settings.tuning != "scratch":
         raise InputError("--tokenizer_name is for --tuning scratch: a model has its own tokenizer")
+
+
+def check_tuning(tuning: str) -> None:
+    """Refuses what the launch's strategy cannot split. InputError names both."""
+    split = sharding()
+    if tuning == "qlora" and split:
+        raise InputError(
+            f"--tuning qlora and {split} exclude each other: quantised weights are not split; "
+            "launch with configs/strategies/ddp.yaml or zero2.yaml, or take --tuning lora"
+        )
+    if tuning == "scratch" and split == "tp":
+        raise InputError(
+            "--tuning scratch cannot be built in parts: make the model with --max_steps 1 in one "
+            "process, and train its final/ with --tuning full"
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -623,8 +643,8 @@ def language_recipe(
 def full_flops_per_token(model: PreTrainedModel, recompute: bool) -> float:
     """6·N where every weight trains: forward, gradient by inputs, gradient by weights; with the
     forward repeated 8·N. N is the weights of the linear layers, the head among them."""
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    return sum(module.weight.numel() for module in linear) * (8 if recompute else 6)
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    return sum(parameter_count(module.weight) for module in linear) * (8 if recompute else 6)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -646,7 +666,7 @@ def language_loss(
     labelled = labels != -100  # by the position that predicts the label
     inputs = {name: batch[name][:, :-1] for name in ("input_ids", "position_ids") if name in batch}
     unwrapped = getattr(model, "module", model)
-    if head_is_last(unwrapped):
+    if sharding() != "tp" and head_is_last(unwrapped):  # tp: the head's hooks put it together
         with losses_in_place_of_logits(unwrapped, labelled, labels[labelled]):
             losses = model(**inputs, use_cache=False).logits
     else:
@@ -786,12 +806,12 @@ class LanguageEvaluation(EvaluationCallback):
     def _share(self, lengths: list[int]) -> Iterator[tuple[list[int], bool]]:
         """This process's batches of indices. So that every process has as many, one whose share is
         shorter does its first again, which then does not count."""
-        state = PartialState()
-        share = math.ceil(len(lengths) / state.num_processes)
+        replica, part = divmod(PartialState().process_index, tensor_parallel_size())
+        share = math.ceil(len(lengths) / replicas())
         batches = plan_batches(lengths, max(1, min(self.batch_size, share)))
-        for round_ in range(0, len(batches), state.num_processes):
-            at = round_ + state.process_index
-            yield (batches[at], True) if at < len(batches) else (batches[0], False)
+        for first in range(0, len(batches), replicas()):
+            at = first + replica
+            yield (batches[at], part == 0) if at < len(batches) else (batches[0], False)
 
     def _table(self, figures: dict[str, dict]) -> str:
         return "\n".join(
@@ -836,6 +856,7 @@ def run(argv: list[str] | None) -> dict[str, Any]:
     keep_freed_memory()
     records, samples = read_data(settings, training["seed"])
     run = open_run(settings, training)
+    check_tuning(settings.tuning)
     tokenizer = find_tokenizer(settings, records, run.folder)
     encodings = encode(tokenizer, records, settings)
     recipe = language_recipe(settings, tokenizer, run.dtype)

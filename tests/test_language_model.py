@@ -551,9 +551,10 @@ def test_P5_evaluation_can_be_off_or_by_loss_alone(train, chat_file, tmp_path):
 
 def test_every_process_makes_as_many_passes_and_each_sequence_counts_once(monkeypatch, tokenizer):
     class State:
-        num_processes, process_index = 3, 0
+        process_index = 0
 
     monkeypatch.setattr(language, "PartialState", State)
+    monkeypatch.setenv("WORLD_SIZE", "3")
     settings = LanguageSettings(max_seq_length=128)
     evaluation = language.LanguageEvaluation(
         {CHATS: records(make_chats(10), CHATS)}, tokenizer, settings, "nowhere", 2
