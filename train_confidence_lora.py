@@ -3113,7 +3113,8 @@ def train(
     say(
         f"{len(encodings)} records, {steps} steps of {global_batch_size(args)} records "
         f"({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulation x "
-        f"{replicas()} {unit}), {str(run.dtype).removeprefix('torch.')}, {trainable:,} trainable parameters"
+        f"{replicas()} {unit}), {str(run.dtype).removeprefix('torch.')}, "
+        f"{trainable:,} trainable parameters"
     )
     PartialState().wait_for_everyone()  # all have looked into the folder before one changes it
     if args.process_index == 0:
