@@ -22,6 +22,7 @@ import argparse
 import ast
 import difflib
 import json
+import logging
 import math
 import os
 import re
@@ -165,6 +166,10 @@ class InputError(Exception):
     """Something the user can mend. The message says what, where and how; the exit code is 2."""
 
 
+class UnknownModel(InputError):
+    """A model whose size cannot be computed, since its configuration is not here."""
+
+
 # ------------------------------------------------------------------------------------------------
 # Configuration: a file's keys, and flags on the command line, as flags and facts
 
@@ -273,14 +278,12 @@ def transformers_flags() -> list[str]:
 
 def nearest(path: str, names: list[str]) -> str:
     """The name that a mistyped key may have meant, as the end of a sentence."""
-    leaf = path.rpartition(".")[2]
+    section, _, leaf = path.rpartition(".")
 
     def likeness(name: str) -> float:
-        ratios = [
-            difflib.SequenceMatcher(None, one, other).ratio()
-            for one, other in [(path, name), (leaf, name), (leaf, name.rpartition(".")[2])]
-        ]
-        return max(ratios)
+        above, _, last = name.rpartition(".")
+        near = bool(above) and section.endswith(above)
+        return difflib.SequenceMatcher(None, leaf, last).ratio() + 0.2 * near
 
     best = max(names, key=likeness)
     return f"did you mean {best}?" if likeness(best) > 0.6 else "configs/runs/ shows the keys"
@@ -598,6 +601,11 @@ def model_config(run: Run) -> Any:
     from transformers import AutoConfig
 
     if run.flags.get("tuning") == "scratch":
+        if run.get("hidden_size") % run.get("num_heads"):
+            raise InputError(
+                f"hidden_size {run.get('hidden_size')} cannot be divided among num_heads "
+                f"{run.get('num_heads')}"
+            )
         return AutoConfig.for_model(
             run.get("model_type") or "llama",
             vocab_size=run.get("vocab_size"),
@@ -616,7 +624,7 @@ def model_config(run: Run) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        raise InputError(
+        raise UnknownModel(
             f"the size of model {name} is not known: give a folder that holds its config.json, "
             f"fetch that file with `hf download {name} config.json`, or add the shape to SHAPES in "
             "plan_training.py"
@@ -679,7 +687,10 @@ def count_model(
             for p in everything
         )
         adapter = LoraConfig(task_type="CAUSAL_LM", r=lora_r, target_modules=target_modules)
-        wrapped = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+        try:
+            wrapped = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+        except ValueError as error:
+            raise InputError(f"target_modules {target_modules}: {error}") from error
         trained = [p for p in wrapped.parameters() if p.requires_grad]
     return Size(
         config=config.get_text_config(),
@@ -693,13 +704,16 @@ def count_model(
     )
 
 
-def activation_bytes(config: Any, tuning: str, half: bool, lora_r: int = 16) -> tuple[int, int]:
+def activation_bytes(
+    config: Any, tuning: str, half: bool, lora_r: int = 16, scores: int = 0
+) -> tuple[int, int]:
     """Bytes that autograd keeps of a token for the backward pass: (in a layer, at a layer's input).
 
     The second is what gradient checkpointing keeps. Counted term by term as in Korthikanti et al.
     (arXiv 2205.05198, section 4) for today's layers: RMSNorm, which works in float32, grouped
-    queries, a gated MLP, and an attention kernel that keeps no length × length matrix. LoRA layers
-    are the training script's lean ones, or PEFT's around quantised weights.
+    queries, a gated MLP, and an attention kernel that keeps no length × length matrix; if it does
+    (eager), `scores` is the length. LoRA layers are the training script's lean ones, or PEFT's
+    around quantised weights.
     """
     h, f = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads
@@ -708,6 +722,7 @@ def activation_bytes(config: Any, tuning: str, half: bool, lora_r: int = 16) -> 
     kv = 2 * (getattr(config, "num_key_value_heads", None) or heads) * size
     e = 2 if half else 4
     attention = e * (q + kv)  # what the kernel keeps of queries, keys and values
+    attention += (4 + 2 * e) * heads * scores  # softmax in float32, its result, and the scores
     if tuning in ("full", "scratch"):
         if half:  # norms: input and output in float32; a bfloat16 copy for each of the products
             return 16 * h + attention + 2 * (5 * h + q) + 2 * 4 * f, 4 * h
@@ -741,6 +756,7 @@ class Memory:
     optimizer: int = 8  # bytes a trained number
     activated: bool = False  # adapter: prompt and answer need no gradient
     labels: int = LOGITS_AT_A_TIME  # positions of a record whose logits are held
+    eager: bool = False  # attention that keeps every score
 
     def parts(self, strategy: str, processes: int, batch: int, checkpointing: bool) -> dict:
         """{part: bytes} on each GPU, with `batch` records of the greatest length at a time."""
@@ -789,7 +805,9 @@ class Memory:
 
     def activations(self, batch: int, checkpointing: bool) -> float:
         config, tokens = self.size.config, batch * self.length
-        whole, boundary = activation_bytes(config, self.tuning, self.half, self.lora_r)
+        whole, boundary = activation_bytes(
+            config, self.tuning, self.half, self.lora_r, self.length if self.eager else 0
+        )
         if self.activated:  # keys and values of all layers, and one layer at work
             heads = config.num_attention_heads
             size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -831,6 +849,7 @@ def measure_run(run: Run, half: bool) -> Memory:
         OPTIMIZER_BYTES.get(run.get("optim"), 8),
         activated,
         (1 if activated else answer) if run.task == "confidence" else LOGITS_AT_A_TIME,
+        run.get("attn_implementation") == "eager",
     )
 
 
@@ -1003,16 +1022,19 @@ def choose_strategy(
         raise InputError(f"{named[1]} is single, which is one process, with {processes} processes")
     if gpu is None:
         return "ddp", "the fastest, and no GPU whose memory could be too small is known", None
-    memory, room, tried = measure_run(run, half), USABLE * gpu.memory, []
+    try:
+        memory, room, tried = measure_run(run, half), USABLE * gpu.memory, []
+    except UnknownModel as error:
+        return "ddp", f"the fastest, whether it fits or not: {error}", None
     for strategy in candidates(run):
         need = smallest_need(memory, run, strategy, processes, batch)
-        tried.append(f"{strategy} needs {need / GIB:.1f}")
+        tried.append(f"{strategy} {need / GIB:.1f}")
         if need <= room:
-            return strategy, f"of {room / GIB:.1f} GiB usable {', '.join(tried)}", memory
-    return strategy, (
-        f"the leanest, but by the estimate too large: of {room / GIB:.1f} GiB usable "
-        f"{', '.join(tried)}"
-    ), memory  # fmt: skip
+            break
+    needs = f"{', '.join(tried)} GiB needed of {room / GIB:.1f} usable on each {gpu.name}"
+    if need <= room:
+        return strategy, f"{needs}, by estimate", memory
+    return strategy, f"the leanest, but too large by estimate: {needs}", memory
 
 
 def split_update(run: Run, replicas: int) -> tuple[int | None, int | None, int]:
@@ -1167,9 +1189,12 @@ def describe(launch: Launch, here: Hardware) -> list[str]:
     )
     kind = "float32" if not launch.half else "fp16" if run.flags.get("fp16") else "bf16"
     tuning = run.flags.get("tuning", run.get("adapter") or "lora")
+    of = f"of {run.get('model_name')}"
+    if tuning == "scratch":
+        of = f"of {run.get('num_layers')} layers of {run.get('hidden_size')}"
     lines = [
         found,
-        f"task: {run.task}, {tuning}, of {run.get('model_name') or 'a new model'}",
+        f"task: {run.task}, {tuning}, {of}",
         f"batch: {split}{launch.replicas} = {total} records an update{each}",
         f"precision: {kind}; processes: {launch.processes} on {launch.machines} "
         f"machine{'s' * (launch.machines > 1)}",
@@ -1177,6 +1202,10 @@ def describe(launch: Launch, here: Hardware) -> list[str]:
     ]
     if launch.gpu and (not here.gpus or launch.gpu.name != here.gpus[0].name):
         lines.insert(1, f"planned for: {launch.processes} x {gpu_words([launch.gpu])}")
+    elif launch.gpu and run.fact("gpu_type"):
+        kind = gpu_of_type(str(run.fact("gpu_type")), run.facts["gpu_type"].where).name
+        if kind.replace(" ", "") not in launch.gpu.name.replace(" ", ""):
+            lines.insert(1, f"the file's gpu_type is {kind}; planned for what is here instead")
     return lines
 
 
@@ -1214,8 +1243,7 @@ def memory_table(memory: Memory, launch: Launch) -> list[str]:
     recompute = launch.checkpointing
     names = "weights adapter gradients optimizer activations logits buffers".split()
     lines = [
-        f"{size.parameters / 1e9:.3f} B parameters, {size.trained / 1e6:,.1f} M "
-        f"trained "
+        f"{size.parameters / 1e9:.3f} B parameters, {size.trained / 1e6:,.1f} M trained "
         f"({memory.tuning}), {memory.length} tokens x {batch} "
         f"record{'s' * (batch > 1)} at a time{', recomputed' * recompute}, "
         f"{processes} process{'es' * (processes > 1)}",
@@ -1235,7 +1263,8 @@ def memory_table(memory: Memory, launch: Launch) -> list[str]:
             if most := largest_batch(memory, strategy, processes, launch.gpu, recompute):
                 verdict += f", up to {most} records at a time"
         if held and row:
-            verdict += f"; {held * processes / launch.machines / GIB:.0f} GiB of main memory"
+            verdict += "; " * bool(verdict)
+            verdict += f"{held * processes / launch.machines / GIB:.0f} GiB of main memory"
         lines.append(f"{strategy:22}{row}  {verdict}".rstrip())
     if launch.gpu:
         lines.append(
@@ -1464,6 +1493,7 @@ def main(argv: list[str] | None = None, here: Hardware | None = None, root: Path
     options, rest = parser.parse_known_args(argv)
     if rest and options.name == "hardware":
         parser.error(f"unknown argument {rest[0]}")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels nobody asked for
     options.training_flags = [word for word in rest if word != "--"]
     try:
         return options.function(options, here or find_hardware(), root)

@@ -1,0 +1,684 @@
+"""plan_training.py: configurations become flags, processes, strategies and commands."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import DEMO_DATA, DEMO_MODEL, ROOT
+
+import plan_training as plan
+import train_confidence_lora as confidence
+
+RUNS = sorted((ROOT / "configs" / "runs").iterdir())
+NO_GPU = plan.Hardware([], cores=4)
+STRATEGY_FILES = ROOT / "configs" / "strategies"
+
+LANGUAGE_MODEL_FLAGS = """import argparse
+
+parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+BOOL = {"nargs": "?", "const": True, "metavar": "BOOL", "default": False}
+for words, options in [
+    ("--task", {"choices": ["sft", "cpt", "cpt_mixed"], "default": "sft"}),
+    ("--tuning", {"choices": ["lora", "qlora", "full", "scratch"], "default": "lora"}),
+    ("--evaluation", {"choices": ["generate", "loss", "off"], "default": "loss"}),
+    ("--backend", {"choices": ["hf", "unsloth"], "default": "hf"}),
+    ("--target_modules", {"nargs": "+", "default": "all-linear"}),
+    ("--batch_size --per_device_train_batch_size", {"metavar": "N|auto", "default": 16}),
+    ("--gradient_accumulation_steps", {"metavar": "N|auto", "default": "auto"}),
+    *[(f"--{name}", BOOL) for name in (
+        "load_in_8bit load_in_4bit trust_remote_code profile skip_bad_records "
+        "overwrite_output_dir bf16 fp16"
+    ).split()],
+    *[(f"--{name}", {"default": default}) for name, default in {
+        "model_name": "Qwen/Qwen2.5-7B-Instruct", "train_data": "data/train.jsonl",
+        "val_data": None, "chat_data": None, "chat_share": 0.25, "val_samples": 200,
+        "max_seq_length": 2048, "max_new_tokens": 64, "lora_r": 16, "lora_alpha": 32,
+        "lora_dropout": 0.0, "global_batch_size": None, "attn_implementation": "sdpa",
+        "max_train_samples": None, "hf_repo": None, "num_beams": 1, "tokenizer_name": None,
+        "model_type": "llama", "vocab_size": 50000, "hidden_size": 1024, "num_heads": 16,
+        "num_layers": 12, "output_dir": "checkpoints/run", "learning_rate": 2e-4, "max_steps": -1,
+        "eval_steps": 500.0, "save_steps": 500.0, "save_total_limit": 2, "logging_steps": 10.0,
+        "per_device_eval_batch_size": 16, "dataloader_num_workers": 0, "seed": 42,
+    }.items()],
+    ("--num_epochs --num_train_epochs", {"default": 2.0}),
+    ("--warmup_ratio --warmup_steps", {"default": 0.03}),
+]:  # fmt: skip
+    parser.add_argument(*words.split(), help="-", **options)
+parser.add_argument("--no_bf16", dest="bf16", action="store_const", const=False, help="-")
+parser.parse_args()
+"""  # until train_language_model.py is here, what its --help will list
+
+
+def gpus(count, kind="H100"):
+    return plan.Hardware([plan.gpu_of_type(kind, "test")] * count, cores=16)
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    """A repository's folder with every training script and the data that configs/runs/ names."""
+    monkeypatch.delenv("GPU_TYPE", raising=False)
+    here = tmp_path / "repository"
+    (here / "data" / "texts").mkdir(parents=True)
+    shutil.copy(ROOT / "train_confidence_lora.py", here)
+    (here / "train_language_model.py").write_text(LANGUAGE_MODEL_FLAGS)
+    chats = json.dumps({"messages": [{"role": "user", "content": "x" * 377}]}) + "\n"
+    for name in ("chats_train.jsonl", "chats_val.jsonl"):
+        (here / "data" / name).write_text(chats * 320)
+    for name in ("texts/one.txt", "texts_val.txt"):
+        (here / "data" / name).write_text("word " * 40_000)
+    (here / "tagged" / "qwen").mkdir(parents=True)
+    shutil.copy(DEMO_DATA, here / "tagged" / "qwen" / "qwen_all_tagged.jsonl")
+    monkeypatch.chdir(here)
+    return here
+
+
+@pytest.fixture
+def ask(root, capsys):
+    """Runs a command with a configuration's text in place of a file; returns (code, out, error)."""
+
+    def run(command, text, *words, here=NO_GPU, suffix="yaml"):
+        path = root / f"run.{suffix}"
+        path.write_text(text)
+        options = ["--dry_run"] if command == "launch" else []
+        code = plan.main([command, str(path), *options, *words], here, root)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def words_of(ask):
+    """The words of the command that a configuration becomes."""
+
+    def run(text, *words, **options):
+        code, out, error = ask("launch", text, *words, **options)
+        assert code == 0, error
+        return shlex.split(out.strip().splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def flags_of(words_of):
+    """{flag: value} of the command that a configuration becomes; a flag's own words joined."""
+
+    def run(text, *words, **options):
+        command = words_of(text, *words, **options)
+        script = next(i for i, word in enumerate(command) if word in plan.SCRIPTS.values())
+        flags, name = {}, None
+        for word in command[script + 1 :]:
+            if word.startswith("--"):
+                name = word[2:]
+                flags[name] = ""
+            else:
+                flags[name] = f"{flags[name]} {word}".strip()
+        return flags
+
+    return run
+
+
+@pytest.fixture
+def refusal_of(ask):
+    def run(text, *words, **options):
+        code, out, error = ask(options.pop("command", "launch"), text, *words, **options)
+        assert (code, out, error.count("\n")) == (2, "", 1)
+        return error
+
+    return run
+
+
+SFT = "data: {train_path: data/chats_train.jsonl}\n"
+
+# ------------------------------------------------------------------------------------------------
+# Keys
+
+
+def test_every_key_of_the_sft_play_yaml_becomes_a_flag(flags_of):
+    """P2"""
+    flags = flags_of("""
+task_mode: cpt_mixed
+model: {name: some/model, max_seq_len: 512, trust_remote_code: true}
+tuning:
+  mode: qlora
+  backend: bnb
+  lora: {r: 8, alpha: 24, dropout: 0.1, target_modules: auto}
+train:
+  epochs: 3
+  learning_rate: 2e-4
+  warmup_ratio: 0.06
+  weight_decay: 0.01
+  batch_size: auto
+  grad_accum: auto
+  target_tokens_per_device_step: 4096
+  bf16: true
+  fp16: false
+  gradient_checkpointing: true
+  evaluation_strategy: steps
+  eval_steps: 50
+  eval_delay: 10
+  eval_batch_size: 4
+  predict_with_generate: true
+  generation_max_new_tokens: 32
+  generation_num_beams: 2
+  save_strategy: steps
+  save_steps: 60
+  save_total_limit: 1
+  ddp_find_unused_parameters: false
+  ddp_timeout: 99
+  dataloader_num_workers: 2
+  dataloader_pin_memory: false
+  logging_steps: 5
+  report_to: [tensorboard]
+data: {train_path: data/texts, val_path: data/texts_val.txt, chat_path: data/chats_train.jsonl}
+""")
+    assert flags == {
+        "task": "cpt_mixed", "model_name": "some/model", "max_seq_length": "512",
+        "trust_remote_code": "true", "tuning": "qlora", "backend": "hf", "lora_r": "8",
+        "lora_alpha": "24", "lora_dropout": "0.1", "target_modules": "all-linear",
+        "num_epochs": "3", "learning_rate": "0.0002", "warmup_ratio": "0.06",
+        "weight_decay": "0.01", "batch_size": "auto", "gradient_accumulation_steps": "auto",
+        "global_batch_size": "8", "bf16": "true", "fp16": "false",
+        "gradient_checkpointing": "true", "eval_strategy": "steps", "eval_steps": "50",
+        "eval_delay": "10", "per_device_eval_batch_size": "4", "evaluation": "generate",
+        "max_new_tokens": "32", "num_beams": "2", "save_strategy": "steps", "save_steps": "60",
+        "save_total_limit": "1", "ddp_find_unused_parameters": "false", "ddp_timeout": "99",
+        "dataloader_num_workers": "2", "dataloader_pin_memory": "false", "logging_steps": "5",
+        "report_to": "tensorboard", "train_data": "data/texts", "val_data": "data/texts_val.txt",
+        "chat_data": "data/chats_train.jsonl",
+    }  # fmt: skip
+
+
+JOB = """
+[job]
+model = "some/model"
+data = "data/chats_train.jsonl"
+[compute]
+gpu_type = "H100"
+gpu_count = 8
+nodes = 1
+gpus_per_node = 8
+[training]
+mode = "full_finetune"
+use_qlora = false
+[training.validation]
+enabled = true
+evaluation_strategy = "steps"
+eval_steps = 100
+save_best_model_at_end = true
+metric_for_best_model = "val.loss"
+greater_is_better = false
+[hyperparameters]
+n_epochs = 2
+per_device_batch = 1
+gradient_accumulation_steps = 8
+global_batch = 64
+sequence_length = 1024
+learning_rate = 1e-5
+warmup_ratio = 0.03
+[hyperparameters.parallelism]
+fsdp = true
+sharding_strategy = "FULL_SHARD"
+auto_wrap_policy = "TRANSFORMER_BASED_WRAP"
+tensor_parallel_size = 1
+pipeline_parallel_size = 1
+bf16 = true
+fp16 = false
+use_deepspeed = false
+activation_checkpointing = true
+"""
+
+
+def test_every_key_of_the_job_toml_becomes_a_flag_or_a_fact(flags_of, words_of):
+    """Y1"""
+    assert flags_of(JOB, suffix="toml") == {
+        "task": "sft", "model_name": "some/model", "train_data": "data/chats_train.jsonl",
+        "tuning": "full", "eval_strategy": "steps", "eval_steps": "100",
+        "load_best_model_at_end": "true", "metric_for_best_model": "eval_loss",
+        "greater_is_better": "false", "num_epochs": "2", "batch_size": "1",
+        "gradient_accumulation_steps": "8", "global_batch_size": "64", "max_seq_length": "1024",
+        "learning_rate": "1e-05", "warmup_ratio": "0.03", "bf16": "true", "fp16": "false",
+    }  # fmt: skip
+    words = words_of(JOB, suffix="toml")
+    assert words[words.index("--config_file") + 1] == "configs/strategies/fsdp2.yaml"
+    assert words[words.index("--num_processes") + 1] == "8"
+    # transformers refuses FSDP's own recomputation and its own at once
+    assert words[words.index("--fsdp_activation_checkpointing") + 1] == "true"
+    zero2 = JOB.replace("fsdp = true", "fsdp = false").replace(
+        "use_deepspeed = false", "use_deepspeed = true\ndeepspeed_stage = 2"
+    )
+    words = words_of(zero2, suffix="toml")
+    assert words[words.index("--config_file") + 1] == "configs/strategies/zero2.yaml"
+    assert "--gradient_checkpointing" in words
+
+
+def test_use_qlora_and_disabled_validation(flags_of):
+    """Y1, Y3"""
+    text = JOB.replace("full_finetune", "lora").replace("use_qlora = false", "use_qlora = true")
+    text = text.replace("fsdp = true", "fsdp = false").replace("enabled = true", "enabled = false")
+    flags = flags_of(text.replace('evaluation_strategy = "steps"\n', ""), suffix="toml")
+    assert (flags["tuning"], flags["evaluation"], flags["eval_strategy"]) == ("qlora", "off", "no")
+
+
+def test_every_key_of_a_gpt_from_scratch_becomes_a_flag_or_a_fact(flags_of, words_of):
+    """G1, G2, G3"""
+    text = """
+model: {vocab_size: 50000, hidden_size: 1024, num_heads: 16, num_layers: 12, seq_length: 2048}
+training: {learning_rate: 3e-4, batch_size: 8, epochs: 1, gradient_clipping: 1.0,
+  save_interval: 500, log_interval: 10, gradient_checkpointing: true, mixed_precision: bf16}
+distributed: {world_size: 4, backend: gloo, master_port: 29512, tensor_parallel_size: 1}
+data: {train_path: data/texts}
+"""
+    assert flags_of(text) == {
+        "task": "cpt", "tuning": "scratch", "vocab_size": "50000", "hidden_size": "1024",
+        "num_heads": "16", "num_layers": "12", "max_seq_length": "2048",
+        "learning_rate": "0.0003", "batch_size": "8", "num_epochs": "1", "max_grad_norm": "1.0",
+        "save_steps": "500", "logging_steps": "10", "gradient_checkpointing": "true",
+        "bf16": "true", "fp16": "false", "ddp_backend": "gloo", "train_data": "data/texts",
+    }  # fmt: skip
+    words = words_of(text)
+    assert words[words.index("--num_processes") + 1] == "4"
+    assert words[words.index("--main_process_port") + 1] == "29512"
+
+
+def test_whatever_a_key_means_exists(root):
+    """A flag renamed in a training script must be renamed in KEYS."""
+    known = {*plan.FACTS, *plan.transformers_flags()}
+    for script in plan.SCRIPTS.values():
+        known |= plan.read_flags(root / script).keys()
+    assert [name for name in {*plan.KEYS.values(), *plan.VALUES} if name not in known] == []
+
+
+def test_the_batch_that_is_aimed_at_is_the_training_scripts():
+    assert plan.GLOBAL_BATCH == confidence.GLOBAL_BATCH
+
+
+def test_a_flag_is_read_with_its_names_choices_and_default(root):
+    flags = plan.read_flags(root / "train_confidence_lora.py")
+    assert flags["per_device_train_batch_size"].name == "batch_size"
+    assert flags["batch_size"].default == 16
+    assert flags["adapter"].choices == ("lora", "activated")
+    assert flags["learning_rate"].default == 3e-4
+    assert flags["model_name"].default == "Qwen/Qwen2.5-7B-Instruct"
+    assert flags["no_bf16"].bare
+    assert not flags["bf16"].bare
+    assert flags["global_batch_size"].default is None
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "right"),
+    [
+        ("train: {learning_rte: 1}", "train.learning_rte", "learning_rate"),
+        ("tuning: {lora: {rnk: 1}}", "tuning.lora.rnk", r"lora\.r"),
+        ("train: {epoch: 1}", "train.epoch", "epochs"),
+        ("train: {weight_decy: 1}", "train.weight_decy", "weight_decay"),
+        ("hyperparameters: {per_device_batchs: 1}", "per_device_batchs", "per_device_batch"),
+        ("strategi: ddp", "strategi", "strategy"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_file_path_and_the_nearest_name(
+    refusal_of, text, key, right
+):
+    """P2"""
+    error = refusal_of(SFT + text)
+    assert f"run.yaml: {key}" in error or key in error
+    assert re.search(rf"did you mean \S*{right}", error)
+
+
+def test_a_flag_that_the_tasks_script_does_not_have_is_refused(refusal_of, words_of):
+    text = "task: confidence\ndata: {train_path: tagged/qwen/qwen_all_tagged.jsonl}\n"
+    error = refusal_of(text + "train: {generation_num_beams: 4}")
+    assert "means --num_beams, which train_confidence_lora.py does not have" in error
+    assert "--load_in_4bit" in words_of(text + "tuning: {mode: qlora}")
+    assert "mode full is not for task confidence" in refusal_of(text + "tuning: {mode: full}")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {epochs: 1, num_train_epochs: 2}", "which mean the same"),
+        ("learning_rate: 1e-4\ntrain: {learning_rate: 2e-4}", "which mean the same"),
+        ("tuning: {mode: full}\nuse_qlora: true", "quantised weights cannot be trained"),
+        ("train: {bf16: true, fp16: true}", "bf16 and fp16 are both true"),
+        ("train: {mixed_precision: no, bf16: true}", "leave one of them out"),
+        ("pipeline_parallel_size: 2", "pipeline parallelism is not offered"),
+        ("tensor_parallel_size: 2\nnum_processes: 4", "must be the number of processes"),
+        ("strategy: zero2\nfsdp: true\nnum_processes: 2", "leave one of them out"),
+        ("fsdp: true\nsharding_strategy: SHARD_GRAD_OP\nnum_processes: 2", "strategy zero2"),
+        ("fsdp: true\nauto_wrap_policy: SIZE_BASED_WRAP", "TRANSFORMER_BASED_WRAP"),
+        ("use_deepspeed: true\ndeepspeed_stage: 1", "give 2 or 3"),
+        ("strategy: single\nnum_processes: 2", "is one process"),
+        ("compute: {gpu_count: 8, nodes: 2, gpus_per_node: 8}", "give numbers that agree"),
+        ("num_processes: 3\nnum_machines: 2", "cannot be spread"),
+        ("train: {deepspeed: nowhere.json}", "no JSON file that can be read"),
+        ("compute: {gpu_type: Voodoo2}", "give one of B200, H200"),
+        ("task: poetry", "give confidence, sft, cpt, cpt_mixed"),
+        ("tuning: {backend: jax}", "give hf or unsloth"),
+        ("train: {eval_strategy: no, predict_with_generate: true}", "validation is off"),
+        ("model: [", "is not YAML"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_in_a_sentence(refusal_of, text, words):
+    assert words in refusal_of(SFT + text)
+
+
+def test_two_names_of_one_setting_that_agree_are_no_contradiction(flags_of):
+    assert flags_of(SFT + "train: {epochs: 2, num_train_epochs: 2}")["num_epochs"] == "2"
+
+
+def test_data_that_is_not_there_is_refused_before_anything_starts(refusal_of):
+    assert "train_data data/none.jsonl does not exist" in refusal_of(
+        "data: {train_path: data/none.jsonl}"
+    )
+    assert "val_data data/none.jsonl does not exist" in refusal_of(
+        SFT + "val_data: data/none.jsonl"
+    )
+
+
+def test_the_command_line_wins_over_the_file(flags_of):
+    """Y2: --dataset and --examples too"""
+    text = "train: {learning_rate: 1e-4, epochs: 2}\ndata: {train_path: data/none.jsonl}"
+    flags = flags_of(
+        text, "--dataset", "data/chats_val.jsonl", "--examples", "100", "--", "--learning_rate",
+        "5e-5", "--num_train_epochs", "1", "--target_modules", "q_proj", "v_proj",
+    )  # fmt: skip
+    assert (flags["learning_rate"], flags["num_epochs"]) == ("5e-05", "1")
+    assert (flags["train_data"], flags["max_train_samples"]) == ("data/chats_val.jsonl", "100")
+    assert flags["target_modules"] == "q_proj v_proj"
+    # as cluster/slurm.sbatch passes them: without the --
+    assert flags_of(SFT, "--learning_rate", "5e-5")["learning_rate"] == "5e-05"
+
+
+def test_settings_of_a_finished_run_launch_the_same_run(flags_of, words_of):
+    """settings.yaml as the training script really writes it"""
+    argv = (
+        "--model_name demo/model --train_data tagged/qwen/qwen_all_tagged.jsonl "
+        "--val_data read=data/chats_val.jsonl hub=google/boolq:validation --learning_rate 7e-4 "
+        "--warmup_ratio 0.1 --batch_size 8 --num_epochs 3 --no_bf16 --weight_decay 0.1 "
+        "--adapter activated --calib_p_norm infty --output_dir out"
+    ).split()
+    settings, training = confidence.parse_command_line(argv)
+    saved = {**confidence.settings_to_save(settings, training), "num_processes": 2}
+    assert {"versions", "num_processes"} < saved.keys()
+    text = yaml.safe_dump(saved)
+    words = words_of(text)
+    again = confidence.parse_command_line(words[words.index("train_confidence_lora.py") + 1 :])
+    assert again == (settings, training)
+    assert words[words.index("--num_processes") + 1] == "2"
+
+
+# ------------------------------------------------------------------------------------------------
+# Batch
+
+
+def test_a_global_batch_that_is_no_product_is_refused_with_the_numbers(refusal_of):
+    """Y4"""
+    text = SFT + "hyperparameters: {per_device_batch: 1, gradient_accumulation_steps: 16, "
+    error = refusal_of(text + "global_batch: 64}\nnum_processes: 8")
+    assert "64 is not 1 records at a time × 8 processes × 16 accumulation = 128" in error
+    assert "not a multiple of 3 processes" in refusal_of(
+        SFT + "batch_size: auto\nglobal_batch_size: 64\nnum_processes: 3"
+    )
+
+
+@pytest.mark.parametrize(("processes", "total"), [(1, 32), (4, 128)])
+def test_tokens_of_a_device_and_step_become_a_global_batch(flags_of, processes, total):
+    """P2, P4: 16,384 tokens are 32 sequences of 512, a multiple of the batch size"""
+    text = SFT + "max_seq_length: 512\ntarget_tokens_per_device_step: 16384\nbatch_size: 8\n"
+    flags = flags_of(text, "--num_processes", str(processes))
+    assert flags["global_batch_size"] == str(total)
+
+
+def test_accumulation_follows_from_the_global_batch(ask):
+    """P4, P8"""
+    text = SFT + "batch_size: 4\ngradient_accumulation_steps: auto\nglobal_batch_size: 64"
+    out = ask("launch", text, here=gpus(4))[1]
+    assert "4 records at a time × 4 accumulation × 4 = 64 records an update" in out
+
+
+# ------------------------------------------------------------------------------------------------
+# Processes and strategies
+
+
+@pytest.mark.parametrize(
+    ("here", "extra", "strategy"),
+    [
+        (NO_GPU, "", "single"),
+        (NO_GPU, "num_processes: 2", "ddp"),
+        (gpus(1), "", "single"),
+        (gpus(1), "strategy: ddp", "single"),
+        (gpus(4), "", "ddp"),
+        (gpus(8), "tuning: {mode: full}", "zero2"),
+        (gpus(4, "A100-40GB"), "tuning: {mode: full}", "fsdp2"),
+        (gpus(2, "RTX 4090"), "tuning: {mode: full}\ngradient_checkpointing: true", None),
+        (gpus(2), "strategy: tp", "tp"),
+        (gpus(2), "tensor_parallel_size: 2", "tp"),
+        (gpus(2), "use_deepspeed: true\ndeepspeed_stage: 3\ncpu_offload: true", "zero3_offload"),
+    ],
+)
+def test_the_strategy_is_the_fastest_that_fits_or_the_one_named(words_of, here, extra, strategy):
+    """P1: one file for one GPU and many"""
+    text = SFT + f"model_name: Qwen/Qwen2.5-7B\nmax_seq_len: 1024\nbatch_size: auto\n{extra}\n"
+    words = words_of(text.replace("max_seq_len", "max_seq_length"), here=here)
+    used = re.findall(r"strategies/(\w+)\.yaml", " ".join(words))
+    assert (used or ["single"])[0] == (strategy or "zero3_offload")
+    processes = words[words.index("--num_processes") + 1] if used else "1"
+    assert int(processes) == max(1, len(here.gpus), 2 if "processes" in extra else 1)
+
+
+def test_why_a_strategy_was_chosen_is_said_with_the_numbers(ask):
+    out = ask("launch", SFT + "tuning: {mode: full}\nbatch_size: auto", here=gpus(8))[1]
+    assert re.search(r"strategy: zero2, ddp 1\d\d\.\d, zero2 \d+\.\d GiB needed of 72\.0", out)
+
+
+@pytest.mark.parametrize(
+    ("stage", "device", "strategy"),
+    [(2, "none", "zero2"), (3, "none", "zero3"), (3, "cpu", "zero3_offload"), (0, "none", "ddp")],
+)
+def test_a_deepspeed_file_of_ones_own_is_passed_on(root, ask, stage, device, strategy):
+    """P6"""
+    (root / "own.json").write_text(
+        json.dumps({"zero_optimization": {"stage": stage, "offload_param": {"device": device}}})
+    )
+    for text, words in [
+        (SFT + "train: {deepspeed: own.json}", ()),
+        (SFT + "strategy: fsdp2", ("--deepspeed_config", "own.json")),
+    ]:
+        out = ask("launch", text, *words, here=gpus(4))[1]
+        assert f"strategy: {strategy}, named by" in out
+        assert "torch.distributed.run --nproc_per_node 4 --standalone" in out
+        assert "--deepspeed own.json" in out
+
+
+def test_fewer_gpus_than_asked_for_are_refused_unless_only_shown(root, capsys):
+    """Y1, P1"""
+    (root / "run.toml").write_text(JOB)
+    assert plan.main(["launch", "run.toml"], gpus(4), root) == 2
+    assert "asks for 8 GPUs on this machine and 4 are here" in capsys.readouterr().err
+    assert plan.main(["launch", "run.toml"], NO_GPU, root) == 2
+    assert "asks for 8 GPUs on this machine and 0 are here" in capsys.readouterr().err
+    assert plan.main(["launch", "run.toml", "--dry_run"], gpus(4), root) == 0
+
+
+def test_several_machines_are_launched_by_flags_alone(words_of, ask, refusal_of):
+    """P7, G3, G7: the flags that cluster/ gives win over the sizes in the file"""
+    words = words_of(
+        SFT + "compute: {gpu_count: 1}", "--num_machines", "4", "--machine_rank", "2",
+        "--main_process_ip", "10.0.0.1", "--main_process_port", "29501", here=gpus(8),
+    )  # fmt: skip
+    command = " ".join(words)
+    assert "--num_processes 32 --num_machines 4 --machine_rank 2" in command
+    assert "--main_process_ip 10.0.0.1 --main_process_port 29501" in command
+    zero = words_of(SFT + "strategy: zero2\nnodes: 2".replace("nodes", "num_machines"))
+    assert "--deepspeed_multinode_launcher standard" in " ".join(zero)
+    assert "--machine_rank RANK" in " ".join(zero)  # --dry_run on no machine in particular
+
+
+def test_machines_that_do_not_know_where_to_meet_are_refused(root, capsys):
+    """P7"""
+    (root / "run.yaml").write_text(SFT)
+    assert plan.main(["launch", "run.yaml", "--num_machines", "2"], gpus(1), root) == 2
+    assert "give --machine_rank" in capsys.readouterr().err
+
+
+def test_the_environment_variable_names_the_gpu_to_plan_for(ask, monkeypatch):
+    """Y2"""
+    text = SFT + "compute: {gpu_type: H100, gpu_count: 4}"
+    assert "planned for: 4 x H100 80.0 GiB" in ask("launch", text)[1]
+    monkeypatch.setenv("GPU_TYPE", "H200")
+    assert "planned for: 4 x H200 141.0 GiB" in ask("launch", text)[1]
+    assert "planned for: 4 x B200" in ask("memory", text, "--gpu", "B200")[1] or (
+        "B200: 180 GiB" in ask("memory", text, "--gpu", "B200")[1]
+    )
+
+
+def test_what_runs_is_said_before_it_runs(ask):
+    """P8"""
+    out = ask("launch", SFT + "batch_size: 4\nglobal_batch_size: 32\nbf16: true", here=gpus(2))[1]
+    assert "GPUs: 2: H100 80.0 GiB, H100 80.0 GiB; 160.0 GiB in all" in out
+    assert "4 records at a time × 4 accumulation × 2 = 32 records an update" in out
+    assert "precision: bf16; processes: 2 on 1 machine" in out
+
+
+# ------------------------------------------------------------------------------------------------
+# Commands
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
+@pytest.mark.parametrize("here", [NO_GPU, gpus(8, "H200")], ids=["laptop", "8xH200"])
+def test_every_example_shows_its_command(path, here, root, capsys):
+    """P1, P3, P11, Y2, Y3, Y5, G1: a job is built, and its resources are what it says"""
+    assert plan.main(["launch", str(path), "--dry_run"], here, root) == 0
+    out = capsys.readouterr().out
+    words = shlex.split(out.strip().splitlines()[-1])
+    config = plan.read_file(path)
+    count = config.get("compute", {}).get("gpu_count", max(1, len(here.gpus)))
+    if count > 1:
+        assert words[words.index("--num_processes") + 1] == str(count)
+    assert "records an update" in out
+
+
+def test_the_eight_gpu_example_has_the_global_batch_that_it_says(root):
+    """Y4, the settled: 1 x 8 x 8 = 64"""
+    config = plan.read_file(ROOT / "configs" / "runs" / "full_8gpu_fsdp.toml")["hyperparameters"]
+    assert config["gradient_accumulation_steps"] == 8
+    assert config["per_device_batch"] * 8 * 8 == config["global_batch"] == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "fewest"),
+    [
+        ("gemma27b_2gpu.yaml", [], "fewest GPUs of this kind: 1"),
+        ("gemma27b_2gpu.yaml", ["--tuning", "full"], "fewest GPUs of this kind: 4 (fsdp2"),
+        ("qlora_32b_4gpu_zero2.toml", [], "fewest GPUs of this kind: 1"),
+        ("sft.yaml", ["--gpu", "H200", "--gpus", "2", "--model_name",
+                      "meta-llama/Llama-3.3-70B-Instruct"], "fewest GPUs of this kind: 2 (fsdp2"),
+    ],
+)  # fmt: skip
+def test_a_plan_says_what_fits_and_how_many_gpus_are_needed(name, words, fewest, root, capsys):
+    """P11"""
+    path = ROOT / "configs" / "runs" / name
+    assert plan.main(["plan", str(path), *words], NO_GPU, root) == 0
+    out = capsys.readouterr().out
+    assert fewest in out
+    for strategy in ("ddp", "zero2", "zero3", "fsdp2", "zero3_offload", "tp"):
+        assert re.search(rf"^{strategy} ", out, re.MULTILINE)
+
+
+def test_steps_and_time_follow_from_the_data(ask, root):
+    """320 chats of 400 characters, 3 epochs, 32 an update: 30 steps of 100 tokens a record"""
+    text = SFT + "model_name: Qwen/Qwen2.5-7B\nepochs: 3\nglobal_batch_size: 32\nbatch_size: 4\n"
+    text = text.replace("epochs", "num_epochs")
+    out = ask("plan", text, "--gpu", "H100")[1]
+    assert "data: 320 sequences of about 10" in out
+    assert "steps: 30 of 32 sequences" in out
+    assert "time: no speed is known" in out
+    out = ask("plan", text, "--tokens_per_record", "100", "--tokens_per_second", "1000")[1]
+    assert "time: 0.03 hours of training at 1,000 tokens/s" in out
+    summary = {"model_name": "Qwen/Qwen2.5-7B", "num_processes": 2, "train_tokens_per_second": 2e3}
+    (root / "summary.json").write_text(json.dumps(summary))
+    out = ask("plan", text, "--gpus", "4", "--measured", str(root))[1]
+    assert "at 4,000 tokens/s on all processes (measured in" in out
+    code, _, error = ask(
+        "plan", text + "", "--measured", str(root), "--model_name", "google/gemma-2-27b"
+    )
+    assert code == 2
+    assert "give a run of the same model" in error
+
+
+def test_hardware_is_told_without_a_gpu_and_of_several(capsys):
+    """P1: gpu-info and memory-check"""
+    assert plan.main(["hardware"]) == 0
+    assert "cores" in capsys.readouterr().out
+    used = [gpu._replace(capability="9.0", free=70 * plan.GIB) for gpu in gpus(2).gpus]
+    assert plan.main(["hardware", "--use"], plan.Hardware(used, 8, 2**36, 2**40)) == 0
+    out = capsys.readouterr().out
+    assert "GPUs: 2\n" in out
+    assert "1: H100, 80.0 GiB, 10.0 GiB in use, 70.0 GiB free, compute capability 9.0" in out
+    assert plan.main(["hardware", "--json"], NO_GPU) == 0
+    assert json.loads(capsys.readouterr().out)["gpus"] == []
+
+
+def test_help_answers_before_anything_slow_is_imported():
+    start = time.monotonic()
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "plan_training.py"), "--help"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert shown.returncode == 0
+    assert time.monotonic() - start < 5
+    assert not re.search(r"\| +(torch|transformers|yaml|peft)$", shown.stderr, re.MULTILINE)
+
+
+def launch_for_real(folder, *words):
+    """Three steps of the demo's model, started as a user would."""
+    (folder / "run.yaml").write_text(f"""
+task: confidence
+model: {{name: {DEMO_MODEL}, max_seq_len: 128}}
+train: {{batch_size: 4, grad_accum: 1, max_steps: 3, learning_rate: 1e-3, bf16: false}}
+data: {{train_path: {DEMO_DATA}, val_path: {ROOT}/tagged/demo/demo_val_demo_reading.jsonl}}
+val_samples: 4
+max_new_tokens: 8
+output_dir: {folder}/out
+""")
+    result = subprocess.run(
+        [sys.executable, ROOT / "plan_training.py", "launch", folder / "run.yaml", *words],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return json.loads((folder / "out" / "summary.json").read_text())
+
+
+def test_a_launch_trains_and_its_tensorboard_ends_with_it(tmp_path):
+    """P1, Y5: the job finishes"""
+    summary = launch_for_real(tmp_path, "--tensorboard")
+    assert (summary["steps"], summary["num_processes"]) == (3, 1)
+    boards = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path / "out") not in boards
+
+
+@pytest.mark.skipif(not STRATEGY_FILES.is_dir(), reason="configs/strategies/ is not here yet")
+def test_the_same_file_launches_several_processes(tmp_path):
+    """P1"""
+    summary = launch_for_real(tmp_path, "--num_processes", "2")
+    assert (summary["steps"], summary["num_processes"]) == (3, 2)
+
+
+def test_a_failing_training_fails_the_launch(tmp_path):
+    (tmp_path / "bad.jsonl").write_text("no json\n")
+    (tmp_path / "run.yaml").write_text(
+        f"task: confidence\nmodel_name: {DEMO_MODEL}\ntrain_data: {tmp_path}/bad.jsonl\n"
+        f"output_dir: {tmp_path}/out\n"
+    )
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "plan_training.py"), "launch", str(tmp_path / "run.yaml")],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "bad.jsonl:1" in result.stderr
