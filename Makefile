@@ -1,13 +1,19 @@
 # make help lists the targets
 PYTHON ?= python3.11
 VENV := .venv
+CONFIG ?= configs/runs/confidence_qwen7b.yaml
+LAUNCH := $(VENV)/bin/python plan_training.py launch $(CONFIG)
+# DEEPSPEED_CONFIG=own.json: DeepSpeed's own file; without it ZeRO-2
+DEEPSPEED := $(if $(DEEPSPEED_CONFIG),--deepspeed_config $(DEEPSPEED_CONFIG),--strategy zero2)
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo demo-data test benchmark benchmark-gpu lint clean
+.PHONY: help setup setup-gpu demo demo-data test benchmark benchmark-gpu lint clean \
+	setup-accelerate gpu-info memory-check plan train train-distributed train-distributed-tb \
+	train-deepspeed train-deepspeed-tb
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
 # The environment is made anew when the pinned versions change.
 $(VENV)/.installed: requirements.txt
@@ -58,3 +64,30 @@ lint: setup  ## ruff and shellcheck
 
 clean:  ## delete the environment and the demo's runs
 	rm -rf $(VENV) checkpoints/demo_lora checkpoints/demo_activated
+
+setup-accelerate: setup  ## a default configuration for your own `accelerate launch`
+	$(VENV)/bin/accelerate config default
+
+gpu-info: setup  ## number, name and memory of the GPUs; cores, memory and disk
+	@$(RUN) plan_training.py hardware
+
+memory-check: setup  ## memory in use and free of each GPU
+	@$(RUN) plan_training.py hardware --use
+
+plan: setup  ## what CONFIG=… needs, what fits, how many steps, which command
+	@$(VENV)/bin/python plan_training.py plan $(CONFIG)
+
+train: setup  ## train as CONFIG=configs/runs/… says, in one process
+	$(LAUNCH) --num_processes 1
+
+train-distributed: setup  ## the same on all GPUs, by the fastest strategy that fits
+	$(LAUNCH)
+
+train-distributed-tb: setup  ## with TensorBoard beside it
+	$(LAUNCH) --tensorboard
+
+train-deepspeed: setup  ## with DeepSpeed (make setup-gpu), as DEEPSPEED_CONFIG=… says, or ZeRO-2
+	$(LAUNCH) $(DEEPSPEED)
+
+train-deepspeed-tb: setup  ## with TensorBoard beside it
+	$(LAUNCH) $(DEEPSPEED) --tensorboard

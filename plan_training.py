@@ -194,7 +194,7 @@ def read_flags(script: Path) -> dict[str, Flag]:
         raise InputError(f"{script} does not exist: this task needs it")
     shown = subprocess.run(
         [sys.executable, str(script), "--help"],
-        capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"},
+        capture_output=True, text=True, env={**os.environ, "COLUMNS": "9999"},
     )  # fmt: skip
     if shown.returncode:
         raise InputError(f"{script} --help fails: {shown.stderr.strip().splitlines()[-1]}")
@@ -829,6 +829,9 @@ def measure_run(run: Run, half: bool) -> Memory:
     if tuning == "qlora":
         bits = bits or 4
     modules = run.get("target_modules") or "all-linear"
+    modules = modules if isinstance(modules, list) else [modules]
+    if modules == ["all-linear"]:
+        modules = "all-linear"
     size = count_model(
         model_config(run),
         tuning,

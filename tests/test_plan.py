@@ -682,3 +682,37 @@ def test_a_failing_training_fails_the_launch(tmp_path):
     )  # fmt: skip
     assert result.returncode == 2
     assert "bad.jsonl:1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("gpu-info", "plan_training.py hardware"),
+        ("memory-check", "plan_training.py hardware --use"),
+        ("setup-accelerate", "accelerate config default"),
+        ("plan", "plan_training.py plan my.yaml"),
+        ("train", "plan_training.py launch my.yaml --num_processes 1"),
+        ("train-distributed", "plan_training.py launch my.yaml"),
+        ("train-distributed-tb", "plan_training.py launch my.yaml --tensorboard"),
+        ("train-deepspeed", "plan_training.py launch my.yaml --deepspeed_config own.json"),
+        (
+            "train-deepspeed-tb",
+            "plan_training.py launch my.yaml --deepspeed_config own.json --tensorboard",
+        ),
+    ],
+)
+def test_a_make_target_runs_the_launcher(target, words):
+    """P1"""
+    shown = subprocess.run(
+        ["make", "-n", target, "CONFIG=my.yaml", "DEEPSPEED_CONFIG=own.json"],
+        capture_output=True, text=True, cwd=ROOT,
+    ).stdout  # fmt: skip
+    assert shown.rstrip().endswith(words)
+
+
+def test_deepspeed_without_a_file_is_zero2():
+    """P1"""
+    shown = subprocess.run(
+        ["make", "-n", "train-deepspeed"], capture_output=True, text=True, cwd=ROOT
+    ).stdout
+    assert shown.rstrip().endswith("confidence_qwen7b.yaml --strategy zero2")
