@@ -33,6 +33,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,9 +190,14 @@ class Given(NamedTuple):
 
 
 def read_flags(script: Path) -> dict[str, Flag]:
-    """{each of its names: flag}, as `SCRIPT --help` lists them, in a tenth of a second."""
+    """{each of its names: flag}, as `SCRIPT --help` lists them."""
     if not script.is_file():
         raise InputError(f"{script} does not exist: this task needs it")
+    return ask_for_flags(script.resolve())
+
+
+@lru_cache
+def ask_for_flags(script: Path) -> dict[str, Flag]:
     shown = subprocess.run(
         [sys.executable, str(script), "--help"],
         capture_output=True, text=True, env={**os.environ, "COLUMNS": "9999"},
@@ -500,6 +506,8 @@ def decide_evaluation(run: Run, known: dict[str, Flag]) -> None:
 
 def check_data(run: Run) -> None:
     """Refuses files that are not there, before anything is loaded."""
+    if run.task == "cpt_mixed" and not run.get("chat_data"):
+        raise InputError(f"{run.file}: task cpt_mixed needs chats beside the texts: give chat_data")
     for name in ("train_data", "chat_data", "val_data"):
         held = run.get(name)
         for item in held if isinstance(held, list) else [held] if held else []:
@@ -608,9 +616,10 @@ def model_config(run: Run) -> Any:
             )
         return AutoConfig.for_model(
             run.get("model_type") or "llama",
-            vocab_size=run.get("vocab_size"),
+            vocab_size=math.ceil(run.get("vocab_size") / 64) * 64,
+            tie_word_embeddings=True,
             hidden_size=run.get("hidden_size"),
-            intermediate_size=4 * run.get("hidden_size"),
+            intermediate_size=math.ceil(run.get("hidden_size") * 8 / 3 / 64) * 64,
             num_attention_heads=run.get("num_heads"),
             num_key_value_heads=run.get("num_heads"),
             num_hidden_layers=run.get("num_layers"),
@@ -732,7 +741,7 @@ def activation_bytes(
     return 8 * h + attention + e * (2 * h + q) + e * 3 * f + 7 * e * lora_r, e * h
 
 
-LOGITS_AT_A_TIME = 1024  # positions whose logits sft and cpt hold at once
+LOGITS_AT_ONCE = 1024  # positions whose logits sft and cpt hold, in a batch of any size
 
 
 @dataclass
@@ -755,7 +764,7 @@ class Memory:
     lora_r: int = 16
     optimizer: int = 8  # bytes a trained number
     activated: bool = False  # adapter: prompt and answer need no gradient
-    labels: int = LOGITS_AT_A_TIME  # positions of a record whose logits are held
+    labels: int | None = None  # positions of a record whose logits are held; None: as sft and cpt
     eager: bool = False  # attention that keeps every score
 
     def parts(self, strategy: str, processes: int, batch: int, checkpointing: bool) -> dict:
@@ -789,13 +798,16 @@ class Memory:
         if full and self.half and not deepspeed and strategy != "fsdp2":
             buffers += 2 * (size.linear + size.outside) // share["weights"]  # autocast's copies
 
+        positions = min(LOGITS_AT_ONCE, batch * self.length)
+        if self.labels is not None:
+            positions = batch * self.labels
         parts = {
             "weights": base / share["weights"],
             "adapter": adapter / share["weights"],
             "gradients": gradients / share["gradients"],
             "optimizer": optimizer / share["optimizer"],
             "activations": self.activations(batch, checkpointing) / share["activations"],
-            "logits": batch * self.labels * size.config.vocab_size * (element + 8),
+            "logits": positions * size.config.vocab_size * (element + 8),
             "buffers": buffers,
         }
         if strategy == "zero3_offload":
@@ -851,7 +863,7 @@ def measure_run(run: Run, half: bool) -> Memory:
         run.get("lora_r"),
         OPTIMIZER_BYTES.get(run.get("optim"), 8),
         activated,
-        (1 if activated else answer) if run.task == "confidence" else LOGITS_AT_A_TIME,
+        (1 if activated else answer) if run.task == "confidence" else None,
         run.get("attn_implementation") == "eager",
     )
 
@@ -1309,26 +1321,41 @@ def fewest_gpus(memory: Memory, launch: Launch) -> str:
 
 def count_data(run: Run, tokens_per_record: float | None) -> tuple[int, float, str]:
     """(sequences in an epoch, tokens in one, how that is known) of the training data."""
+    most = run.get("max_train_samples") or math.inf
+    length, mixed = run.get("max_seq_length"), run.task == "cpt_mixed"
+    count, characters = count_records(Path(run.get("train_data")), most)
+    how = "4 characters a token, a rough estimate: --tokens_per_record gives it"
+    if tokens_per_record:
+        how = "as given"
+    tokens = min(tokens_per_record or characters / 4 / max(1, count), length)
+    if run.task not in ("cpt", "cpt_mixed"):
+        return count, tokens, how
+    blocks = math.ceil(characters / 4 / length)  # texts are cut into sequences of full length
+    if not mixed:
+        return blocks, length, "4 characters a token, a rough estimate"
+    chats, in_chats = count_records(Path(run.get("chat_data")), most)
+    tokens = min(tokens_per_record or in_chats / 4 / max(1, chats), length)
+    total, share = blocks + chats, run.get("chat_share")
+    if share:  # what is too few is repeated
+        total = math.ceil(max(blocks / (1 - share), chats / share))
+    share = share or chats / total
+    return total, share * tokens + (1 - share) * length, how
+
+
+def count_records(path: Path, most: float) -> tuple[int, int]:
+    """(records, characters) of the first `most` records: lines of .jsonl, other files whole."""
     import gzip
 
-    path, length = Path(run.get("train_data")), run.get("max_seq_length")
-    files = sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
-    lines = characters = 0
+    inside = sorted(part for part in path.rglob("*") if part.is_file())
+    files = inside if path.is_dir() else [path]
+    count = characters = 0
     for file in files:
-        opened = gzip.open if file.suffix == ".gz" else open
-        with opened(file, "rt", encoding="utf-8", errors="replace") as text:
-            for line in text:
-                lines += bool(line.strip())
-                characters += len(line)
-    how = "4 characters a token, a rough estimate: --tokens_per_record gives it"
-    if run.task in ("cpt", "cpt_mixed"):  # texts are cut into sequences of full length
-        sequences = max(1, math.ceil(characters / 4 / length))
-        sequences = min(sequences, run.get("max_train_samples") or sequences)
-        return sequences, length, how
-    lines = min(lines, run.get("max_train_samples") or lines)
-    if tokens_per_record:
-        return lines, min(tokens_per_record, length), "as given"
-    return lines, min(characters / 4 / max(1, lines), length), how
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as text:
+            lines = text if ".jsonl" in file.name else [text.read()]
+            for line in lines:
+                if count < most and line.strip():
+                    count, characters = count + 1, characters + len(line)
+    return count, characters
 
 
 def measured_rate(folder: str, launch: Launch) -> float:

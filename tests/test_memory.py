@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import plan_training as plan
 import train_confidence_lora as confidence
+import train_language_model as language
 
 HIDDEN, INTER, LAYERS, HEADS, KV = 256, 704, 4, 8, 2
 
@@ -188,6 +189,18 @@ def test_recomputing_saves_activations_and_an_activated_adapter_needs_next_to_no
     whole, recomputed = (memory.activations(1, flag) for flag in (False, True))
     assert recomputed < whole / 2
     assert memory_of("lora", activated=True).activations(1, False) < whole / 2
+
+
+def test_a_model_from_dimensions_is_counted_as_it_is_built(tokenizer):
+    """G1"""
+    flags = {
+        "tuning": "scratch", "model_type": "llama", "hidden_size": 96, "num_heads": 4,
+        "num_layers": 2, "max_seq_length": 64,
+    }  # fmt: skip
+    run = plan.Run("", "cpt", ROOT, {**flags, "vocab_size": len(tokenizer)}, {}, {})
+    built = language.new_model(language.LanguageSettings(**flags), tokenizer)
+    size = plan.count_model(plan.model_config(run), "scratch", 4)
+    assert size.weights == tensor_bytes(built.parameters())
 
 
 def test_attention_that_keeps_its_scores_is_counted():

@@ -15,45 +15,11 @@ from conftest import DEMO_DATA, DEMO_MODEL, ROOT
 
 import plan_training as plan
 import train_confidence_lora as confidence
+import train_language_model as language
 
 RUNS = sorted((ROOT / "configs" / "runs").iterdir())
 NO_GPU = plan.Hardware([], cores=4)
 STRATEGY_FILES = ROOT / "configs" / "strategies"
-
-LANGUAGE_MODEL_FLAGS = """import argparse
-
-parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-BOOL = {"nargs": "?", "const": True, "metavar": "BOOL", "default": False}
-for words, options in [
-    ("--task", {"choices": ["sft", "cpt", "cpt_mixed"], "default": "sft"}),
-    ("--tuning", {"choices": ["lora", "qlora", "full", "scratch"], "default": "lora"}),
-    ("--evaluation", {"choices": ["generate", "loss", "off"], "default": "loss"}),
-    ("--backend", {"choices": ["hf", "unsloth"], "default": "hf"}),
-    ("--target_modules", {"nargs": "+", "default": "all-linear"}),
-    ("--batch_size --per_device_train_batch_size", {"metavar": "N|auto", "default": 16}),
-    ("--gradient_accumulation_steps", {"metavar": "N|auto", "default": "auto"}),
-    *[(f"--{name}", BOOL) for name in (
-        "load_in_8bit load_in_4bit trust_remote_code profile skip_bad_records "
-        "overwrite_output_dir bf16 fp16"
-    ).split()],
-    *[(f"--{name}", {"default": default}) for name, default in {
-        "model_name": "Qwen/Qwen2.5-7B-Instruct", "train_data": "data/train.jsonl",
-        "val_data": None, "chat_data": None, "chat_share": 0.25, "val_samples": 200,
-        "max_seq_length": 2048, "max_new_tokens": 64, "lora_r": 16, "lora_alpha": 32,
-        "lora_dropout": 0.0, "global_batch_size": None, "attn_implementation": "sdpa",
-        "max_train_samples": None, "hf_repo": None, "num_beams": 1, "tokenizer_name": None,
-        "model_type": "llama", "vocab_size": 50000, "hidden_size": 1024, "num_heads": 16,
-        "num_layers": 12, "output_dir": "checkpoints/run", "learning_rate": 2e-4, "max_steps": -1,
-        "eval_steps": 500.0, "save_steps": 500.0, "save_total_limit": 2, "logging_steps": 10.0,
-        "per_device_eval_batch_size": 16, "dataloader_num_workers": 0, "seed": 42,
-    }.items()],
-    ("--num_epochs --num_train_epochs", {"default": 2.0}),
-    ("--warmup_ratio --warmup_steps", {"default": 0.03}),
-]:  # fmt: skip
-    parser.add_argument(*words.split(), help="-", **options)
-parser.add_argument("--no_bf16", dest="bf16", action="store_const", const=False, help="-")
-parser.parse_args()
-"""  # until train_language_model.py is here, what its --help will list
 
 
 def gpus(count, kind="H100"):
@@ -66,8 +32,8 @@ def root(tmp_path, monkeypatch):
     monkeypatch.delenv("GPU_TYPE", raising=False)
     here = tmp_path / "repository"
     (here / "data" / "texts").mkdir(parents=True)
-    shutil.copy(ROOT / "train_confidence_lora.py", here)
-    (here / "train_language_model.py").write_text(LANGUAGE_MODEL_FLAGS)
+    for script in {*plan.SCRIPTS.values()}:
+        (here / script).symlink_to(ROOT / script)
     chats = json.dumps({"messages": [{"role": "user", "content": "x" * 377}]}) + "\n"
     for name in ("chats_train.jsonl", "chats_val.jsonl"):
         (here / "data" / name).write_text(chats * 320)
@@ -295,8 +261,9 @@ def test_whatever_a_key_means_exists(root):
     assert [name for name in {*plan.KEYS.values(), *plan.VALUES} if name not in known] == []
 
 
-def test_the_batch_that_is_aimed_at_is_the_training_scripts():
+def test_the_batch_and_the_logits_that_are_planned_with_are_the_training_scripts():
     assert plan.GLOBAL_BATCH == confidence.GLOBAL_BATCH
+    assert plan.LOGITS_AT_ONCE == language.LOGITS_AT_ONCE
 
 
 def test_a_flag_is_read_with_its_names_choices_and_default(root):
