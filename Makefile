@@ -8,7 +8,7 @@ DEEPSPEED := $(if $(DEEPSPEED_CONFIG),--deepspeed_config $(DEEPSPEED_CONFIG),--s
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo demo-data test benchmark benchmark-gpu lint clean \
+.PHONY: help setup setup-gpu demo demo-data test test-eval benchmark benchmark-gpu lint clean \
 	setup-accelerate gpu-info memory-check plan train train-distributed train-distributed-tb \
 	train-deepspeed train-deepspeed-tb
 
@@ -23,7 +23,13 @@ $(VENV)/.installed: requirements.txt
 
 setup: $(VENV)/.installed  ## the Python packages, in .venv
 
-setup-gpu: setup  ## those that need a GPU as well: unsloth, deepspeed, liger-kernel
+# Its operators are compiled when first used; before, it needs nothing but what is installed.
+$(VENV)/.deepspeed: requirements-deepspeed.txt $(VENV)/.installed
+	DS_BUILD_OPS=0 $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation \
+		-r requirements-deepspeed.txt
+	touch $@
+
+setup-gpu: $(VENV)/.deepspeed  ## those that need a GPU as well: unsloth, deepspeed, liger-kernel
 	$(VENV)/bin/pip install --quiet -r requirements-gpu.txt
 
 demo: setup  ## teach the built-in tiny model when it is wrong, with both adapters (CPU, 3 minutes)
@@ -36,8 +42,13 @@ demo-data: setup  ## make the demo's model, questions and tagged answers again (
 	$(RUN) tag_answers.py --model_name demo/model --questions demo/questions.jsonl \
 		--output tagged/demo/demo_all_tagged.jsonl --val_fraction 0.2 --max_new_tokens 16
 
-test: setup  ## all tests
+test: $(VENV)/.deepspeed  ## all tests
 	$(RUN) -m pytest -q -n 2
+
+test-eval: setup  ## those of evaluation, callbacks, configuration and failures, with coverage
+	$(RUN) -m pytest -q -n 2 --cov=train_confidence_lora --cov=train_language_model \
+		--cov=plan_training tests/test_metrics.py tests/test_scoring.py tests/test_validation.py \
+		tests/test_language_model.py tests/test_settings.py tests/test_records.py tests/test_plan.py
 
 benchmark: setup  ## speed beside other ways to train and validate (two CPU cores, 9 minutes)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-benchmark.txt
@@ -60,7 +71,7 @@ benchmark-gpu: setup  ## the same at 7B, on a GPU: random weights, nothing is do
 lint: setup  ## ruff and shellcheck
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/shellcheck train_fast_4gpu.sh .ci/run
+	$(VENV)/bin/shellcheck train_fast_4gpu.sh cluster/slurm.sbatch .ci/run
 
 clean:  ## delete the environment and the demo's runs
 	rm -rf $(VENV) checkpoints/demo_lora checkpoints/demo_activated

@@ -1410,6 +1410,49 @@ def plan_lines(launch: Launch, options: argparse.Namespace) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
+# Cluster: the shipped Slurm script and Kubernetes manifest, with the sizes and name of one run
+
+CPUS_PER_GPU = 8  # what the shipped files give: a process, and the workers that prepare its batches
+
+
+def slurm_script(launch: Launch) -> str:
+    """cluster/slurm.sbatch for this run."""
+    script = (ROOT / "cluster" / "slurm.sbatch").read_text(encoding="utf-8")
+    gpus = launch.processes // launch.machines
+    for place, value in (
+        ("#SBATCH --job-name=", resource_name(launch.run.flags["output_dir"])),
+        ("#SBATCH --nodes=", str(launch.machines)),
+        ("#SBATCH --gpus-per-node=", str(gpus)),
+        ("#SBATCH --cpus-per-task=", str(CPUS_PER_GPU * gpus)),
+        ("CONFIG=", shlex.quote(launch.run.file)),
+    ):
+        before, _, after = script.partition(f"\n{place}")
+        script = before + f"\n{place}{value}" + re.sub(r"^[^ #\n]+", "", after)
+    return script
+
+
+def kubernetes_manifest(launch: Launch) -> str:
+    """cluster/kubernetes.yaml for this run."""
+    import yaml
+
+    text = (ROOT / "cluster" / "kubernetes.yaml").read_text(encoding="utf-8")
+    volume, job = yaml.safe_load_all(text)
+    job["metadata"]["name"] = resource_name(launch.run.flags["output_dir"])
+    trainer, gpus = job["spec"]["trainer"], launch.processes // launch.machines
+    trainer |= {"numNodes": launch.machines, "numProcPerNode": gpus}
+    trainer["args"][1] = launch.run.file  # launch FILE …
+    trainer["resourcesPerNode"]["limits"] |= {"nvidia.com/gpu": gpus, "cpu": CPUS_PER_GPU * gpus}
+    return yaml.safe_dump_all([volume, job], sort_keys=False, allow_unicode=True)
+
+
+def resource_name(folder: str) -> str:
+    """The name of a run's folder as Kubernetes allows it (RFC 1035): small letters, digits and
+    dashes, beginning with a letter; at most 40, since Kubernetes adds to it and takes 63."""
+    name = re.sub(r"[^a-z0-9]+", "-", Path(folder).name.lower()).strip("-")[:40].strip("-")
+    return name if name[:1].isalpha() else f"run-{name}"[:40].strip("-")
+
+
+# ------------------------------------------------------------------------------------------------
 # Commands
 
 
@@ -1438,6 +1481,14 @@ def command_memory(options: argparse.Namespace, here: Hardware, root: Path) -> i
     run = read_run(options.file, options, root)
     launch = make_launch(run, options, here, real=False, root=root)
     print(*memory_table(measure_run(run, launch.half), launch), sep="\n")
+    return 0
+
+
+def command_cluster(options: argparse.Namespace, here: Hardware, root: Path) -> int:
+    run = read_run(options.file, options, root)
+    launch = make_launch(run, options, here, real=False, root=root)
+    render = {"slurm": slurm_script, "kubernetes": kubernetes_manifest}[options.kind]
+    print(render(launch), end="")
     return 0
 
 
@@ -1487,8 +1538,10 @@ def build_parser() -> argparse.ArgumentParser:
     launch = command("launch", command_launch, "train as a configuration says")
     plan = command("plan", command_plan, "what fits, how many steps, how long, which command")
     memory = command("memory", command_memory, "memory of each GPU by strategy, an estimate")
+    cluster = command("cluster", command_cluster, "a Slurm script or Kubernetes manifest for a run")
+    cluster.add_argument("kind", choices=["slurm", "kubernetes"])
     hardware = command("hardware", command_hardware, "GPUs, cores, memory and disk of this machine")
-    for one in (launch, plan, memory):
+    for one in (launch, plan, memory, cluster):
         one.add_argument("file", metavar="FILE", help="a run's configuration, .yaml or .toml")
         one.add_argument("--dataset", metavar="PATH", help="training data in place of the file's")
         one.add_argument("--examples", type=int, metavar="N", help="train on the first N records")

@@ -15,6 +15,8 @@ from conftest import DEMO_MODEL, ROOT, tagged_records, write_jsonl
 from kubeflow_trainer_api import models
 from safetensors.torch import load_file
 
+from plan_training import main, resource_name
+
 RUN = """--batch_size 4 --gradient_accumulation_steps 1 --max_steps 4 --lora_dropout 0
 --eval_steps 2 --save_steps 2 --logging_steps 1 --learning_rate 1e-3 --no_bf16""".split()
 
@@ -157,27 +159,6 @@ def test_two_machines_train_what_one_does_and_only_the_first_writes(
 # ------------------------------------------------------------------------------------------------
 # What the cluster files start: the launcher, on a run file of the demo model
 # ------------------------------------------------------------------------------------------------
-STAND_IN = '''"""Launches a flat run file as plan_training.py does, until that is here."""
-import argparse, os, sys
-from pathlib import Path
-import yaml
-ROOT = Path(__file__).resolve().parent
-parser = argparse.ArgumentParser()
-parser.add_argument("verb"), parser.add_argument("file")
-names = "num_machines", "machine_rank", "main_process_ip", "main_process_port"
-for name in names:
-    parser.add_argument(f"--{name}")
-options, more = parser.parse_known_args()
-settings = yaml.safe_load(Path(options.file).read_text())
-assert settings.pop("task") == "confidence"
-words = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "train_config_4gpu.yaml")]
-for name in names:
-    words += [f"--{name}", getattr(options, name)]
-words += ["--num_processes", str(settings.pop("num_processes")), "train_confidence_lora.py"]
-for name, value in settings.items():
-    words += [f"--{name}", str(value)]
-os.execv(sys.executable, [sys.executable, *words, *more])
-'''
 
 
 @pytest.fixture
@@ -190,8 +171,6 @@ def checkout(data, tmp_path):
             (folder / path.name).symlink_to(path)
     (folder / "checkpoints").mkdir()
     (folder / ".venv").symlink_to(sys.prefix)
-    if not (folder / "plan_training.py").exists():
-        (folder / "plan_training.py").write_text(STAND_IN)
     words = iter([word.removeprefix("--") for word in RUN if word != "--no_bf16"])
     settings = {name: yaml.safe_load(value) for name, value in zip(words, words)}
     settings |= {"task": "confidence", "num_processes": 2, "bf16": False, "learning_rate": 1e-3,
@@ -388,3 +367,54 @@ def test_the_manifests_command_makes_one_world_of_its_workers(checkout, one_mach
     said = on_two_machines([*worker, *command, *arguments], tmp_path)
     assert "Distributed training with 2 processes" in said[0]
     assert_same_run(tmp_path / "run", one_machine)
+
+
+# ------------------------------------------------------------------------------------------------
+# The same for a run of other sizes: plan_training.py cluster
+
+
+@pytest.fixture
+def rendered(checkout, capsys, monkeypatch):
+    """What `plan_training.py cluster KIND` prints for two machines of four GPUs."""
+
+    def rendered(kind):
+        run = checkout / "my run.yaml"
+        text = (checkout / "run.yaml").read_text().replace("num_processes: 2", "num_processes: 8")
+        run.write_text(text + "num_machines: 2\n")
+        assert main(["cluster", kind, str(run), "--output_dir", "checkpoints/Qwen_SFT v2"]) == 0
+        return run, capsys.readouterr().out
+
+    return rendered
+
+
+def test_G7_the_rendered_slurm_script_differs_from_the_shipped_one_in_its_sizes_alone(rendered):
+    run, text = rendered("slurm")
+    shipped = (ROOT / "cluster" / "slurm.sbatch").read_text().splitlines()
+    lines = text.splitlines()
+    assert [line.split("  #")[0].rstrip() for line in lines if line not in shipped] == [
+        "#SBATCH --job-name=qwen-sft-v2",
+        "#SBATCH --nodes=2",
+        "#SBATCH --gpus-per-node=4",
+        "#SBATCH --cpus-per-task=32",
+        f"CONFIG='{run}'",
+    ]
+    assert len(lines) == len(shipped)
+
+
+def test_G7_the_rendered_manifest_is_valid_and_has_the_runs_sizes(rendered):
+    run, text = rendered("kubernetes")
+    documents = {document["kind"]: document for document in yaml.safe_load_all(text)}
+    for document in documents.values():
+        assert_valid(document)
+    job = documents["TrainJob"]
+    trainer = job["spec"]["trainer"]
+    assert job["metadata"]["name"] == "qwen-sft-v2"
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 4)
+    assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == 4
+    assert trainer["args"][:2] == ["launch", str(run)]
+    assert trainer["args"][2:] == manifest()["TrainJob"]["spec"]["trainer"]["args"][2:]
+
+
+@pytest.mark.parametrize("name", ["Qwen_7B", "7b", "ünï", "a" * 90, "-x-", "lauf/3"])
+def test_any_run_name_becomes_a_name_that_kubernetes_takes(name):
+    assert re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", resource_name(name))
