@@ -381,8 +381,10 @@ class Run:
         return self.facts[name].value if name in self.facts else default
 
 
-def read_run(path: str, options: argparse.Namespace, root: Path = ROOT) -> Run:
-    """A configuration file, with what the command line puts above it.
+def read_run(
+    path: str, options: argparse.Namespace, root: Path = ROOT, must_exist: bool = False
+) -> Run:
+    """A configuration file, with what the command line puts above it. `must_exist`: its data.
 
     Raises:
         InputError: naming file, key and remedy.
@@ -426,7 +428,7 @@ def read_run(path: str, options: argparse.Namespace, root: Path = ROOT) -> Run:
     decide_tuning(run, known)
     decide_precision(run)
     decide_evaluation(run, known)
-    check_data(run)
+    check_data(run, must_exist)
     return run
 
 
@@ -504,8 +506,8 @@ def decide_evaluation(run: Run, known: dict[str, Flag]) -> None:
         put(run, name, words[bool(by_generation)], "predict_with_generate")
 
 
-def check_data(run: Run) -> None:
-    """Refuses files that are not there, before anything is loaded."""
+def check_data(run: Run, must_exist: bool) -> None:
+    """Names a confidence run's validation sets; refuses files that must be there and are not."""
     if run.task == "cpt_mixed" and not run.get("chat_data"):
         raise InputError(f"{run.file}: task cpt_mixed needs chats beside the texts: give chat_data")
     for name in ("train_data", "chat_data", "val_data"):
@@ -517,7 +519,7 @@ def check_data(run: Run) -> None:
                     run.flags[name] = f"{Path(item).stem.partition('.')[0]}={item}"
                 if ":" in path:
                     continue  # of the Hugging Face Hub
-            if not Path(path).exists():
+            if must_exist and not Path(path).exists():
                 remedy = "name another with --dataset" if name == "train_data" else \
                     f"name another with --{name}"  # fmt: skip
                 made = " (tag_answers.py makes it)" if run.task == "confidence" else ""
@@ -1381,6 +1383,9 @@ def measured_rate(folder: str, launch: Launch) -> float:
 def plan_lines(launch: Launch, options: argparse.Namespace) -> list[str]:
     """Records, steps, and the time they take where a rate is known."""
     run = launch.run
+    for name in ("train_data", "chat_data"):
+        if run.get(name) and not Path(run.get(name)).exists():
+            return [f"data: {name} {run.get(name)} is not here: steps and time are unknown"]
     count, tokens, how = count_data(run, options.tokens_per_record)
     epochs, most = run.get("num_epochs"), run.get("max_steps")
     steps = math.ceil(count / launch.global_batch) * epochs
@@ -1462,7 +1467,7 @@ def show_command(launch: Launch) -> str:
 
 
 def command_launch(options: argparse.Namespace, here: Hardware, root: Path) -> int:
-    run = read_run(options.file, options, root)
+    run = read_run(options.file, options, root, must_exist=True)
     launch = make_launch(run, options, here, real=not options.dry_run, root=root)
     print(*describe(launch, here), "", show_command(launch), "", sep="\n")
     return 0 if options.dry_run else start(launch, options.tensorboard)
