@@ -45,8 +45,8 @@ def after_a_step(model, length=16):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_full_fine_tuning_is_estimated_to_the_byte_that_adamw_holds(tied):
-    """P11: weights, gradients and optimizer of a plan are what a run has."""
+def test_P11_full_fine_tuning_is_estimated_to_the_byte_that_adamw_holds(tied):
+    """Weights, gradients and optimizer of a plan are what a run has."""
     config = tiny_config(tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config)
     trained, gradients, optimizer = after_a_step(model)
@@ -57,8 +57,7 @@ def test_full_fine_tuning_is_estimated_to_the_byte_that_adamw_holds(tied):
 
 
 @pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "v_proj"]])
-def test_a_lora_is_estimated_to_the_byte_that_adamw_holds(modules):
-    """P11"""
+def test_P11_a_lora_is_estimated_to_the_byte_that_adamw_holds(modules):
     config = tiny_config()
     base = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     frozen = tensor_bytes(base.parameters())
@@ -90,8 +89,8 @@ def quantised_weights(model):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_weights_are_estimated_to_the_byte_that_bitsandbytes_holds(bits, tmp_path):
-    """Y3: what a QLoRA's frozen weights take."""
+def test_Y3_quantised_weights_are_estimated_to_the_byte_that_bitsandbytes_holds(bits, tmp_path):
+    """What a QLoRA's frozen weights take."""
     config = tiny_config()
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = confidence.load_base_model(
@@ -110,8 +109,8 @@ def test_quantised_weights_are_estimated_to_the_byte_that_bitsandbytes_holds(bit
         ("google/gemma-2-27b-it", 27.227),
     ],
 )
-def test_shapes_of_the_table_have_as_many_parameters_as_the_models(name, billions):
-    """P11: plans need no download. The numbers are those that the models' cards say."""
+def test_P11_shapes_of_the_table_have_as_many_parameters_as_the_models(name, billions):
+    """Plans need no download. The numbers are those that the models' cards say."""
     run = plan.Run("", "sft", ROOT, {"model_name": name}, {}, {})
     size = plan.count_model(plan.model_config(run), "full", 2)
     assert round(size.parameters / 1e9, 3) == billions
@@ -145,8 +144,10 @@ def kept_for_backward(model, batch, length, half):
     ("tuning", "half"),
     [("lora", True), ("lora", False), ("full", True), ("full", False), ("qlora", True)],
 )
-def test_activations_are_estimated_within_a_tenth_of_what_autograd_keeps(tuning, half, tmp_path):
-    """P4, P11: the formula against the layers that really train."""
+def test_P4_P11_activations_are_estimated_within_a_tenth_of_what_autograd_keeps(
+    tuning, half, tmp_path
+):
+    """The formula against the layers that really train."""
     config, batch, length = tiny_config(), 2, 300
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -169,8 +170,8 @@ def memory_of(tuning, **changes):
     return plan.Memory(size, tuning, True, 64, **changes)
 
 
-def test_strategies_divide_what_they_say_they_divide():
-    """P6: ZeRO-2 divides gradients and optimizer, ZeRO-3 and FSDP the weights too."""
+def test_P6_strategies_divide_what_they_say_they_divide():
+    """ZeRO-2 divides gradients and optimizer, ZeRO-3 and FSDP the weights too."""
     memory = memory_of("full")
     alone, eight = (memory.parts("zero2", count, 1, False) for count in (1, 8))
     assert eight["weights"] == alone["weights"]
@@ -191,8 +192,7 @@ def test_recomputing_saves_activations_and_an_activated_adapter_needs_next_to_no
     assert memory_of("lora", activated=True).activations(1, False) < whole / 2
 
 
-def test_a_model_from_dimensions_is_counted_as_it_is_built(tokenizer):
-    """G1"""
+def test_G1_a_model_from_dimensions_is_counted_as_it_is_built(tokenizer):
     flags = {
         "tuning": "scratch", "model_type": "llama", "hidden_size": 96, "num_heads": 4,
         "num_layers": 2, "max_seq_length": 64,
@@ -215,8 +215,7 @@ def test_the_optimizers_counted_by_name_are_transformers_names():
     assert [name for name in plan.OPTIMIZER_BYTES if not names[name]] == []
 
 
-def test_a_model_that_is_nowhere_is_answered_with_what_to_do():
-    """P11"""
+def test_P11_a_model_that_is_nowhere_is_answered_with_what_to_do():
     run = plan.Run("", "sft", ROOT, {"model_name": "nobody/nothing"}, {}, {})
     with pytest.raises(plan.InputError, match=r"hf download nobody/nothing config\.json"):
         plan.model_config(run)

@@ -106,8 +106,7 @@ SFT = "data: {train_path: data/chats_train.jsonl}\n"
 # Keys
 
 
-def test_every_key_of_the_sft_play_yaml_becomes_a_flag(flags_of):
-    """P2"""
+def test_P2_every_key_of_the_sft_play_yaml_becomes_a_flag(flags_of):
     flags = flags_of("""
 task_mode: cpt_mixed
 model: {name: some/model, max_seq_len: 512, trust_remote_code: true}
@@ -201,8 +200,7 @@ activation_checkpointing = true
 """
 
 
-def test_every_key_of_the_job_toml_becomes_a_flag_or_a_fact(flags_of, words_of):
-    """Y1"""
+def test_Y1_every_key_of_the_job_toml_becomes_a_flag_or_a_fact(flags_of, words_of):
     assert flags_of(JOB, suffix="toml") == {
         "task": "sft", "model_name": "some/model", "train_data": "data/chats_train.jsonl",
         "tuning": "full", "eval_strategy": "steps", "eval_steps": "100",
@@ -224,16 +222,14 @@ def test_every_key_of_the_job_toml_becomes_a_flag_or_a_fact(flags_of, words_of):
     assert "--gradient_checkpointing" in words
 
 
-def test_use_qlora_and_disabled_validation(flags_of):
-    """Y1, Y3"""
+def test_Y1_Y3_use_qlora_and_disabled_validation(flags_of):
     text = JOB.replace("full_finetune", "lora").replace("use_qlora = false", "use_qlora = true")
     text = text.replace("fsdp = true", "fsdp = false").replace("enabled = true", "enabled = false")
     flags = flags_of(text.replace('evaluation_strategy = "steps"\n', ""), suffix="toml")
     assert (flags["tuning"], flags["evaluation"], flags["eval_strategy"]) == ("qlora", "off", "no")
 
 
-def test_every_key_of_a_gpt_from_scratch_becomes_a_flag_or_a_fact(flags_of, words_of):
-    """G1, G2, G3"""
+def test_G1_G2_G3_every_key_of_a_gpt_from_scratch_becomes_a_flag_or_a_fact(flags_of, words_of):
     text = """
 model: {vocab_size: 50000, hidden_size: 1024, num_heads: 16, num_layers: 12, seq_length: 2048}
 training: {learning_rate: 3e-4, batch_size: 8, epochs: 1, gradient_clipping: 1.0,
@@ -289,10 +285,9 @@ def test_a_flag_is_read_with_its_names_choices_and_default(root):
         ("strategi: ddp", "strategi", "strategy"),
     ],
 )
-def test_an_unknown_key_is_refused_with_file_path_and_the_nearest_name(
+def test_P2_an_unknown_key_is_refused_with_file_path_and_the_nearest_name(
     refusal_of, text, key, right
 ):
-    """P2"""
     error = refusal_of(SFT + text)
     assert f"run.yaml: {key}" in error or key in error
     assert re.search(rf"did you mean \S*{right}", error)
@@ -348,8 +343,8 @@ def test_data_that_is_not_there_is_refused_before_anything_starts(refusal_of):
     )
 
 
-def test_the_command_line_wins_over_the_file(flags_of):
-    """Y2: --dataset and --examples too"""
+def test_Y2_the_command_line_wins_over_the_file(flags_of):
+    """--dataset and --examples too"""
     text = "train: {learning_rate: 1e-4, epochs: 2}\ndata: {train_path: data/none.jsonl}"
     flags = flags_of(
         text, "--dataset", "data/chats_val.jsonl", "--examples", "100", "--", "--learning_rate",
@@ -384,8 +379,7 @@ def test_settings_of_a_finished_run_launch_the_same_run(flags_of, words_of):
 # Batch
 
 
-def test_a_global_batch_that_is_no_product_is_refused_with_the_numbers(refusal_of):
-    """Y4"""
+def test_Y4_a_global_batch_that_is_no_product_is_refused_with_the_numbers(refusal_of):
     text = SFT + "hyperparameters: {per_device_batch: 1, gradient_accumulation_steps: 16, "
     error = refusal_of(text + "global_batch: 64}\nnum_processes: 8")
     assert "64 is not 1 records at a time × 8 processes × 16 accumulation = 128" in error
@@ -395,15 +389,14 @@ def test_a_global_batch_that_is_no_product_is_refused_with_the_numbers(refusal_o
 
 
 @pytest.mark.parametrize(("processes", "total"), [(1, 32), (4, 128)])
-def test_tokens_of_a_device_and_step_become_a_global_batch(flags_of, processes, total):
-    """P2, P4: 16,384 tokens are 32 sequences of 512, a multiple of the batch size"""
+def test_P2_P4_tokens_of_a_device_and_step_become_a_global_batch(flags_of, processes, total):
+    """16,384 tokens are 32 sequences of 512, a multiple of the batch size"""
     text = SFT + "max_seq_length: 512\ntarget_tokens_per_device_step: 16384\nbatch_size: 8\n"
     flags = flags_of(text, "--num_processes", str(processes))
     assert flags["global_batch_size"] == str(total)
 
 
-def test_accumulation_follows_from_the_global_batch(ask):
-    """P4, P8"""
+def test_P4_P8_accumulation_follows_from_the_global_batch(ask):
     text = SFT + "batch_size: 4\ngradient_accumulation_steps: auto\nglobal_batch_size: 64"
     out = ask("launch", text, here=gpus(4))[1]
     assert "4 records at a time × 4 accumulation × 4 = 64 records an update" in out
@@ -429,8 +422,8 @@ def test_accumulation_follows_from_the_global_batch(ask):
         (gpus(2), "use_deepspeed: true\ndeepspeed_stage: 3\ncpu_offload: true", "zero3_offload"),
     ],
 )
-def test_the_strategy_is_the_fastest_that_fits_or_the_one_named(words_of, here, extra, strategy):
-    """P1: one file for one GPU and many"""
+def test_P1_the_strategy_is_the_fastest_that_fits_or_the_one_named(words_of, here, extra, strategy):
+    """One file for one GPU and many"""
     text = SFT + f"model_name: Qwen/Qwen2.5-7B\nmax_seq_len: 1024\nbatch_size: auto\n{extra}\n"
     words = words_of(text.replace("max_seq_len", "max_seq_length"), here=here)
     used = re.findall(r"strategies/(\w+)\.yaml", " ".join(words))
@@ -448,8 +441,7 @@ def test_why_a_strategy_was_chosen_is_said_with_the_numbers(ask):
     ("stage", "device", "strategy"),
     [(2, "none", "zero2"), (3, "none", "zero3"), (3, "cpu", "zero3_offload"), (0, "none", "ddp")],
 )
-def test_a_deepspeed_file_of_ones_own_is_passed_on(root, ask, stage, device, strategy):
-    """P6"""
+def test_P6_a_deepspeed_file_of_ones_own_is_passed_on(root, ask, stage, device, strategy):
     (root / "own.json").write_text(
         json.dumps({"zero_optimization": {"stage": stage, "offload_param": {"device": device}}})
     )
@@ -463,8 +455,7 @@ def test_a_deepspeed_file_of_ones_own_is_passed_on(root, ask, stage, device, str
         assert "--deepspeed own.json" in out
 
 
-def test_fewer_gpus_than_asked_for_are_refused_unless_only_shown(root, capsys):
-    """Y1, P1"""
+def test_Y1_P1_fewer_gpus_than_asked_for_are_refused_unless_only_shown(root, capsys):
     (root / "run.toml").write_text(JOB)
     assert plan.main(["launch", "run.toml"], gpus(4), root) == 2
     assert "asks for 8 GPUs on this machine and 4 are here" in capsys.readouterr().err
@@ -473,8 +464,8 @@ def test_fewer_gpus_than_asked_for_are_refused_unless_only_shown(root, capsys):
     assert plan.main(["launch", "run.toml", "--dry_run"], gpus(4), root) == 0
 
 
-def test_several_machines_are_launched_by_flags_alone(words_of, ask, refusal_of):
-    """P7, G3, G7: the flags that cluster/ gives win over the sizes in the file"""
+def test_P7_G3_G7_several_machines_are_launched_by_flags_alone(words_of, ask, refusal_of):
+    """The flags that cluster/ gives win over the sizes in the file"""
     words = words_of(
         SFT + "compute: {gpu_count: 1}", "--num_machines", "4", "--machine_rank", "2",
         "--main_process_ip", "10.0.0.1", "--main_process_port", "29501", here=gpus(8),
@@ -487,15 +478,13 @@ def test_several_machines_are_launched_by_flags_alone(words_of, ask, refusal_of)
     assert "--machine_rank RANK" in " ".join(zero)  # --dry_run on no machine in particular
 
 
-def test_machines_that_do_not_know_where_to_meet_are_refused(root, capsys):
-    """P7"""
+def test_P7_machines_that_do_not_know_where_to_meet_are_refused(root, capsys):
     (root / "run.yaml").write_text(SFT)
     assert plan.main(["launch", "run.yaml", "--num_machines", "2"], gpus(1), root) == 2
     assert "give --machine_rank" in capsys.readouterr().err
 
 
-def test_the_environment_variable_names_the_gpu_to_plan_for(ask, monkeypatch):
-    """Y2"""
+def test_Y2_the_environment_variable_names_the_gpu_to_plan_for(ask, monkeypatch):
     text = SFT + "compute: {gpu_type: H100, gpu_count: 4}"
     assert "planned for: 4 x H100 80.0 GiB" in ask("launch", text)[1]
     monkeypatch.setenv("GPU_TYPE", "H200")
@@ -505,8 +494,7 @@ def test_the_environment_variable_names_the_gpu_to_plan_for(ask, monkeypatch):
     )
 
 
-def test_what_runs_is_said_before_it_runs(ask):
-    """P8"""
+def test_P8_what_runs_is_said_before_it_runs(ask):
     out = ask("launch", SFT + "batch_size: 4\nglobal_batch_size: 32\nbf16: true", here=gpus(2))[1]
     assert "GPUs: 2: H100 80.0 GiB, H100 80.0 GiB; 160.0 GiB in all" in out
     assert "4 records at a time × 4 accumulation × 2 = 32 records an update" in out
@@ -519,8 +507,8 @@ def test_what_runs_is_said_before_it_runs(ask):
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 @pytest.mark.parametrize("here", [NO_GPU, gpus(8, "H200")], ids=["laptop", "8xH200"])
-def test_every_example_shows_its_command(path, here, root, capsys):
-    """P1, P3, P11, Y2, Y3, Y5, G1: a job is built, and its resources are what it says"""
+def test_P1_P3_P11_Y2_Y3_Y5_G1_every_example_shows_its_command(path, here, root, capsys):
+    """A job is built, and its resources are what it says"""
     assert plan.main(["launch", str(path), "--dry_run"], here, root) == 0
     out = capsys.readouterr().out
     words = shlex.split(out.strip().splitlines()[-1])
@@ -531,8 +519,8 @@ def test_every_example_shows_its_command(path, here, root, capsys):
     assert "records an update" in out
 
 
-def test_the_eight_gpu_example_has_the_global_batch_that_it_says(root):
-    """Y4, the settled: 1 x 8 x 8 = 64"""
+def test_Y4_the_eight_gpu_example_has_the_global_batch_that_it_says(root):
+    """The settled: 1 x 8 x 8 = 64"""
     config = plan.read_file(ROOT / "configs" / "runs" / "full_8gpu_fsdp.toml")["hyperparameters"]
     assert config["gradient_accumulation_steps"] == 8
     assert config["per_device_batch"] * 8 * 8 == config["global_batch"] == 64
@@ -548,8 +536,7 @@ def test_the_eight_gpu_example_has_the_global_batch_that_it_says(root):
                       "meta-llama/Llama-3.3-70B-Instruct"], "fewest GPUs of this kind: 2 (fsdp2"),
     ],
 )  # fmt: skip
-def test_a_plan_says_what_fits_and_how_many_gpus_are_needed(name, words, fewest, root, capsys):
-    """P11"""
+def test_P11_a_plan_says_what_fits_and_how_many_gpus_are_needed(name, words, fewest, root, capsys):
     path = ROOT / "configs" / "runs" / name
     assert plan.main(["plan", str(path), *words], NO_GPU, root) == 0
     out = capsys.readouterr().out
@@ -579,8 +566,8 @@ def test_steps_and_time_follow_from_the_data(ask, root):
     assert "give a run of the same model" in error
 
 
-def test_hardware_is_told_without_a_gpu_and_of_several(capsys):
-    """P1: gpu-info and memory-check"""
+def test_P1_hardware_is_told_without_a_gpu_and_of_several(capsys):
+    """Gpu-info and memory-check"""
     assert plan.main(["hardware"]) == 0
     assert "cores" in capsys.readouterr().out
     used = [gpu._replace(capability="9.0", free=70 * plan.GIB) for gpu in gpus(2).gpus]
@@ -622,8 +609,8 @@ output_dir: {folder}/out
     return json.loads((folder / "out" / "summary.json").read_text())
 
 
-def test_a_launch_trains_and_its_tensorboard_ends_with_it(tmp_path):
-    """P1, Y5: the job finishes"""
+def test_P1_Y5_a_launch_trains_and_its_tensorboard_ends_with_it(tmp_path):
+    """The job finishes"""
     summary = launch_for_real(tmp_path, "--tensorboard")
     assert (summary["steps"], summary["num_processes"]) == (3, 1)
     boards = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
@@ -631,8 +618,7 @@ def test_a_launch_trains_and_its_tensorboard_ends_with_it(tmp_path):
 
 
 @pytest.mark.skipif(not STRATEGY_FILES.is_dir(), reason="configs/strategies/ is not here yet")
-def test_the_same_file_launches_several_processes(tmp_path):
-    """P1"""
+def test_P1_the_same_file_launches_several_processes(tmp_path):
     summary = launch_for_real(tmp_path, "--num_processes", "2")
     assert (summary["steps"], summary["num_processes"]) == (3, 2)
 
@@ -668,8 +654,7 @@ def test_a_failing_training_fails_the_launch(tmp_path):
         ),
     ],
 )
-def test_a_make_target_runs_the_launcher(target, words):
-    """P1"""
+def test_P1_a_make_target_runs_the_launcher(target, words):
     shown = subprocess.run(
         ["make", "-n", target, "CONFIG=my.yaml", "DEEPSPEED_CONFIG=own.json"],
         capture_output=True, text=True, cwd=ROOT,
@@ -677,8 +662,7 @@ def test_a_make_target_runs_the_launcher(target, words):
     assert shown.rstrip().endswith(words)
 
 
-def test_deepspeed_without_a_file_is_zero2():
-    """P1"""
+def test_P1_deepspeed_without_a_file_is_zero2():
     shown = subprocess.run(
         ["make", "-n", "train-deepspeed"], capture_output=True, text=True, cwd=ROOT
     ).stdout
