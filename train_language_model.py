@@ -18,6 +18,7 @@ tokenizer and model, loss, evaluation, main.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
@@ -180,6 +181,13 @@ def check_settings(settings: LanguageSettings, training: dict[str, Any]) -> None
         raise InputError(
             f"--backend unsloth is for LoRA: leave it out with --tuning {settings.tuning}"
         )
+    if settings.backend == "unsloth" and settings.task != "sft":
+        raise InputError(
+            "--backend unsloth would let the texts of a block attend to each other: leave it out "
+            f"with --task {settings.task}"
+        )
+    if settings.evaluation == "off" and training.get("load_best_model_at_end"):
+        raise InputError("--load_best_model_at_end needs an evaluation: --evaluation loss")
     if settings.tokenizer_name and settings.tuning != "scratch":
         raise InputError("--tokenizer_name is for --tuning scratch: a model has its own tokenizer")
 
@@ -298,8 +306,9 @@ def read_either(path: str, skip_bad: bool = False) -> list[dict[str, Any]]:
     """Texts or chats, by what the file's first line is."""
     try:
         chats = False
-        if path.endswith(".jsonl"):
-            with open(path, encoding="utf-8-sig") as file:
+        if path.endswith((".jsonl", ".jsonl.gz")):
+            opener = gzip.open if path.endswith(".gz") else open
+            with opener(path, "rt", encoding="utf-8-sig") as file:
                 chats = "text" not in parse_object(next(file, "{}"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
@@ -489,6 +498,11 @@ class BlockCollator:
         return batch
 
 
+def make_collator(settings: LanguageSettings, tokenizer: PreTrainedTokenizerBase) -> BlockCollator:
+    flatten = settings.attn_implementation == "flash_attention_2"
+    return BlockCollator(tokenizer.pad_token_id, flatten)
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, records: list[dict], settings: LanguageSettings
 ) -> Dataset:
@@ -633,7 +647,7 @@ def language_recipe(
 
     return Recipe(
         build,
-        BlockCollator(tokenizer.pad_token_id, settings.attn_implementation == "flash_attention_2"),
+        make_collator(settings, tokenizer),
         language_loss,
         flops_per_token if frozen else full_flops_per_token,
         bits=(None, 4) if settings.backend == "unsloth" else (None, 8, 4) if frozen else (None,),
@@ -745,7 +759,7 @@ class LanguageEvaluation(EvaluationCallback):
     ) -> None:
         super().__init__(folder, samples)
         self.tokenizer, self.settings, self.batch_size = tokenizer, settings, batch_size
-        self.collator = BlockCollator(tokenizer.pad_token_id)
+        self.collator = make_collator(settings, tokenizer)
         self.sequences = {}
         for kind, records in samples.items():
             encoder = encode_chats if kind == CHATS else encode_texts

@@ -473,6 +473,10 @@ def test_a_resumed_run_from_scratch_keeps_its_tokenizer_and_ends_with_the_same_b
         ("--task cpt --evaluation generate", "cannot read|is missing|bad lines"),
         ("--target_modules nothing", "--target_modules"),
         ("--backend unsloth --tuning full", "--backend unsloth"),
+        (
+            "--evaluation off --load_best_model_at_end",
+            "--load_best_model_at_end needs an evaluation",
+        ),
         ("--taks sft", "unknown argument --taks, did you mean --task"),
     ],
 )
