@@ -127,7 +127,7 @@ DATASETS: dict[str, Dataset] = {  # your own dataset is one line here
 
 MIN_ANSWER_TOKENS = 16  # what truncation always leaves of an answer
 ECE_BINS = 15  # equal-width bins of the expected calibration error
-LOWER_IS_BETTER = ("calibration_error", "ece", "brier", "nll", "rate", "runtime")
+LOWER_IS_BETTER = tuple("calibration_error ece brier nll rate runtime loss perplexity".split())
 
 
 class InputError(Exception):
@@ -1237,16 +1237,29 @@ def tensor_parallel_size() -> int:
     return int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
 
 
+def pipeline_parallel_size() -> int:
+    """Processes that share one replica of the model, each with some of the layers. accelerate knows
+    none of it: a script that can do so sets the variable by its flag."""
+    return int(os.environ.get("PIPELINE_PARALLEL_SIZE", "1"))
+
+
+def model_parallel_size() -> int:
+    """Processes that share one replica of the model, in either way; they see the same batches."""
+    return tensor_parallel_size() * pipeline_parallel_size()
+
+
 def replicas() -> int:
-    """Shares that a batch is split into: one for each process, or group of tensor parallel ones."""
-    return int(os.environ.get("WORLD_SIZE", "1")) // tensor_parallel_size()
+    """Shares that a batch is split into: one for each process, or group that shares a model."""
+    return int(os.environ.get("WORLD_SIZE", "1")) // model_parallel_size()
 
 
 def sharding() -> str | None:
-    """What splits the parameters over the processes: "zero3", "fsdp2", "tp", or None: each process
-    holds them all. To ask once TrainingArguments has been made."""
+    """What splits the parameters over the processes: "zero3", "fsdp2", "tp", "pp", or None: each
+    process holds them all. To ask once TrainingArguments has been made."""
     if tensor_parallel_size() > 1:
         return "tp"
+    if pipeline_parallel_size() > 1:
+        return "pp"
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return "fsdp2"
     return "zero3" if is_deepspeed_zero3_enabled() else None
@@ -2932,7 +2945,7 @@ def end_run(
         The summary (empty on other processes than the main one).
     """
     args, folder = trainer.args, validation.output_dir
-    totals = trainer.accelerator.reduce(trainer.totals, "sum") / tensor_parallel_size()
+    totals = trainer.accelerator.reduce(trainer.totals, "sum") / model_parallel_size()
     tokens, labels, loss = totals.tolist()
     if not trainer.is_world_process_zero():
         return {}
@@ -3104,17 +3117,18 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     encodings: datasets.Dataset,
     validation: EvaluationCallback,
+    kind: type[LabelTrainer] = LabelTrainer,
 ) -> LabelTrainer:
     """Trains, validating through `validation`, and writes everything of a run but its end."""
     args = run.args
     steps = shorten_intervals(args, len(encodings))
-    unit = "replicas" if sharding() == "tp" else "processes"
+    unit = "replicas" if model_parallel_size() > 1 else "processes"
     trainable = sum(parameter_count(p) for p in model.parameters() if p.requires_grad)
     say(
         f"{len(encodings)} records, {steps} steps of {global_batch_size(args)} records "
         f"({args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulation x "
         f"{replicas()} {unit}), {str(run.dtype).removeprefix('torch.')}, "
-        f"{trainable:,} trainable parameters"
+        f"{trainable:,} trainable parameters" + (" in stage 0" if sharding() == "pp" else "")
     )
     PartialState().wait_for_everyone()  # all have looked into the folder before one changes it
     if args.process_index == 0:
@@ -3125,7 +3139,7 @@ def train(
         say(f"resuming from {run.checkpoint}")
     writer = validation.writer
     try:
-        trainer = LabelTrainer(
+        trainer = kind(
             recipe,
             model=model,
             args=args,

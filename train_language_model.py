@@ -13,7 +13,7 @@ it on the assistant's turns of chats, `cpt` (continued pretraining) on every tok
 all of them, or all from a random start.
 
 The file reads in the order data flows: settings, records, chats as segments, texts in blocks,
-tokenizer and model, loss, evaluation, main.
+tokenizer and model, loss, pipeline, evaluation, main.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -55,9 +56,11 @@ from train_confidence_lora import (
     load_tokenizer,
     logits_only_at,
     main,
+    model_parallel_size,
     open_run,
     parameter_count,
     parse_command_line,
+    pipeline_parallel_size,
     plan_batches,
     read_records,
     replace_folder,
@@ -72,12 +75,16 @@ from train_confidence_lora import (
 
 # isort: split
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -142,6 +149,11 @@ class LanguageSettings(RunSettings):
     hidden_size: int = setting(1024, "scratch: width")
     num_heads: int = setting(16, "scratch: attention heads")
     num_layers: int = setting(12, "scratch: layers")
+    pipeline_parallel_size: int = setting(
+        1,
+        "full, scratch: stages of a pipeline, each a process with its share of the layers; give "
+        "--gradient_accumulation_steps several times as many, whose batches keep them all busy",
+    )
 
 
 def check_settings(settings: LanguageSettings, training: dict[str, Any]) -> None:
@@ -190,6 +202,7 @@ def check_settings(settings: LanguageSettings, training: dict[str, Any]) -> None
         raise InputError("--load_best_model_at_end needs an evaluation: --evaluation loss")
     if settings.tokenizer_name and settings.tuning != "scratch":
         raise InputError("--tokenizer_name is for --tuning scratch: a model has its own tokenizer")
+    check_pipeline(settings, training)
 
 
 def check_tuning(tuning: str) -> None:
@@ -581,7 +594,8 @@ def find_tokenizer(
 
 
 def new_model(settings: LanguageSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A model of the given dimensions with random weights, input and output embedding tied.
+    """A model of the given dimensions with random weights, input and output embedding tied unless
+    it is a pipeline's.
 
     Raises:
         InputError: if transformers knows no such architecture, or not with these dimensions.
@@ -595,7 +609,7 @@ def new_model(settings: LanguageSettings, tokenizer: PreTrainedTokenizerBase) ->
             num_hidden_layers=settings.num_layers,
             num_attention_heads=settings.num_heads,
             max_position_embeddings=settings.max_seq_length,
-            tie_word_embeddings=True,
+            tie_word_embeddings=pipeline_parallel_size() == 1,  # else two processes would share it
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -618,11 +632,14 @@ def language_recipe(
 ) -> Recipe:
     """What train() needs to know of a run on chats or texts. Weights that train are float32, those
     that are frozen are of `dtype` or quantised."""
-    frozen = settings.tuning in ("lora", "qlora")
+    frozen, stages = settings.tuning in ("lora", "qlora"), pipeline_parallel_size()
+
+    def of_this_process(model: PreTrainedModel) -> PreTrainedModel:
+        return keep_stage(model, PartialState().process_index, stages) if stages > 1 else model
 
     def build(bits: int | None) -> torch.nn.Module:
         if settings.tuning == "scratch":
-            return new_model(settings, tokenizer)
+            return of_this_process(new_model(settings, tokenizer))
         if settings.tuning == "qlora":
             bits = bits or 4
         model = load_base_model(
@@ -635,7 +652,7 @@ def language_recipe(
             trust_remote_code=settings.trust_remote_code,
         )
         if not frozen:
-            return model
+            return of_this_process(model)
         return add_adapter(
             model,
             settings.target_modules,
@@ -648,7 +665,7 @@ def language_recipe(
     return Recipe(
         build,
         make_collator(settings, tokenizer),
-        language_loss,
+        language_loss if stages == 1 else pipeline_loss,
         flops_per_token if frozen else full_flops_per_token,
         bits=(None, 4) if settings.backend == "unsloth" else (None, 8, 4) if frozen else (None,),
     )
@@ -739,6 +756,185 @@ def losses_in_place_of_logits(
 
 
 # ------------------------------------------------------------------------------------------------
+# Pipeline: the processes hold one model, each a stretch of its layers, and pass on activations
+#   accelerate launch --config_file configs/strategies/ddp.yaml --num_processes 2 \
+#     train_language_model.py --pipeline_parallel_size 2 --tuning scratch --batch_size 4 …
+
+PIPELINE_MODELS = ("llama", "mistral", "qwen2")  # whose forward is embedding, layers, norm, head
+
+
+def check_pipeline(settings: LanguageSettings, training: dict[str, Any]) -> None:
+    """Tells what asks for the strategy how many stages there are. InputError if they cannot be."""
+    stages = settings.pipeline_parallel_size
+    split = [os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP")]
+    launch = f"accelerate launch --config_file configs/strategies/ddp.yaml --num_processes {stages}"
+    for refused, reason in (
+        (any(split) or tensor_parallel_size() > 1, f"splits the model itself: {launch}"),
+        (os.environ.get("WORLD_SIZE") != str(stages), f"needs as many processes: {launch}"),
+        (settings.tuning not in ("full", "scratch"), "is for --tuning full and scratch"),
+        (settings.evaluation == "generate", "cannot generate: take --evaluation loss"),
+        *(
+            (training.get(name), f"and --{name} exclude each other: leave one of them out")
+            for name in ("fp16", "torch_compile", "use_liger_kernel")
+        ),
+    ):
+        if stages > 1 and refused:
+            raise InputError(f"--pipeline_parallel_size {stages} {reason}")
+    os.environ["PIPELINE_PARALLEL_SIZE"] = str(stages)
+
+
+class Elsewhere(torch.nn.Module):
+    """Stands where another process has a module: what comes in goes out."""
+
+    def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden
+
+
+def keep_stage(model: PreTrainedModel, stage: int, stages: int) -> PreTrainedModel:
+    """Leaves of the model one stage: an equal share of the layers, and to the first the embedding,
+    to the last norm and head, under the names they have in the whole one.
+
+    The model's own forward then takes hidden states as `input_ids` unless it is the first, and
+    gives hidden states as `logits` unless it is the last.
+
+    Raises:
+        InputError: if the model cannot be cut so.
+    """
+    flag, kind = f"--pipeline_parallel_size {stages}", model.config.model_type
+    if kind not in PIPELINE_MODELS or model.config.tie_word_embeddings:
+        raise InputError(
+            f"{flag} takes {', '.join(PIPELINE_MODELS)} whose output matrix is not their input "
+            f"embedding, and this {kind} is none: launch with configs/strategies/fsdp2.yaml"
+        )
+    layers = model.model.layers
+    if len(layers) < stages:
+        raise InputError(f"{flag} is more than the model's {len(layers)} layers")
+    for i in range(len(layers)):
+        if i * stages // len(layers) != stage:
+            layers[i] = Elsewhere()
+    if stage > 0:
+        model.model.embed_tokens = Elsewhere()
+    if stage < stages - 1:
+        model.model.norm = model.lm_head = Elsewhere()
+    model._head_is_last = True  # which a pass of tokens could not find out
+    return model
+
+
+class Stage(torch.nn.Module):
+    """What a schedule calls: from hidden states to hidden states, at the last stage to the loss."""
+
+    def __init__(self, model: PreTrainedModel, last: bool) -> None:
+        super().__init__()
+        self.model, self.last = model, last
+
+    def forward(self, hidden: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+        if self.last:
+            return language_loss(self.model, {"input_ids": hidden, **batch})[0][None]
+        positions = batch["position_ids"]
+        return self.model(input_ids=hidden, position_ids=positions, use_cache=False).logits
+
+
+def pipeline_loss(
+    model: PreTrainedModel, *batches: dict[str, torch.Tensor], backward: bool = False
+) -> tuple[torch.Tensor, int]:
+    """language_loss() summed over batches, the same on all processes, which run them together; with
+    `backward` the gradients of the mean loss are added to the parameters'.
+
+    A schedule's shapes are fixed: rows are filled up to one length, and the last batch, if it is
+    shorter, with rows that carry no label.
+    """
+    stage, stages, count = PartialState().process_index, pipeline_parallel_size(), len(batches)
+    inputs, last, rows = {}, stage == stages - 1, len(batches[0]["labels"])
+    for name, padding in (("input_ids", 0), ("position_ids", 0), ("labels", -100)):
+        counted = (torch.ones_like(batch["labels"]).cumsum(1) - 1 for batch in batches)
+        parts = [batch.get(name, positions) for batch, positions in zip(batches, counted)]
+        whole = pad_sequence([row for part in parts for row in part], True, padding)
+        missing = (0, 0, 0, rows * count - len(whole))
+        inputs[name] = torch.nn.functional.pad(whole, missing, value=padding)
+    labels = int((inputs["labels"][:, 1:] != -100).sum())
+    tokens = inputs.pop("input_ids").chunk(count)
+    hidden = torch.empty(*tokens[0].shape, model.config.hidden_size, device=model.device)
+    hidden.requires_grad_()
+    shapes = (hidden if stage else tokens[0], hidden[0, 0, :1] if last else hidden)
+    part = PipelineStage(Stage(model, last), stage, stages, model.device, *shapes)
+    schedule = (Schedule1F1B if backward and count >= stages else ScheduleGPipe)(
+        part, count, (lambda loss, _: loss.sum() / labels) if backward else None, scale_grads=False
+    )
+    given = () if stage else (torch.cat(tokens),)
+    losses = schedule.step(*given, target=inputs["labels"], **inputs)
+    loss = losses.detach().sum() if last else torch.zeros((), device=model.device)
+    dist.broadcast(loss, stages - 1)
+    return loss, labels
+
+
+class PipelineTrainer(LabelTrainer):
+    """LabelTrainer of a stage. All processes have the same batches, and those of an update go
+    through the pipeline together; a checkpoint has the whole model and each stage's optimizer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Gives it accelerate's precision; train() would make it one of several equal replicas
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        self.batches: list[dict[str, torch.Tensor]] = []  # of the update, until all are here
+        self.through_cpu = dist.new_group(backend="gloo")  # a GPU may have no room for all weights
+        self.optimizer_file = f"optimizer_{self.args.process_index}_of_{self.args.world_size}.pt"
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        whole = {"num_processes": 1, "process_index": 0, "even_batches": False}
+        vars(loader.batch_sampler).update(whole)  # accelerate's BatchSamplerShard
+        return loader
+
+    def training_step(self, model: torch.nn.Module, inputs: dict, *_: Any) -> torch.Tensor:
+        self.batches.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self.batches = self.batches, []
+        loss, labels = pipeline_loss(model.train(), *batches, backward=True)
+        tokens = sum(batch["attention_mask"].sum() for batch in batches)
+        self.totals += torch.stack([tokens, tokens.new_tensor(labels), loss])
+        return loss / labels
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        parameters = list(model.parameters())
+        squares = torch.nn.utils.get_total_norm([p.grad for p in parameters]) ** 2
+        dist.all_reduce(squares)
+        most = self.args.max_grad_norm or math.inf
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, squares.sqrt())
+        return squares.sqrt()
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> torch.Tensor:
+        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        own = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+        parts = [{}] * self.args.world_size if self.args.process_index == 0 else None
+        dist.gather_object(own, parts, group=self.through_cpu)
+        if parts:
+            self._save(output_dir, state_dict=dict(chain(*(part.items() for part in parts))))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        state = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
+        state = {name: part.state_dict() for name, part in state.items()}
+        torch.save(state, Path(output_dir, self.optimizer_file))
+        self.accelerator.wait_for_everyone()  # trainer_state.json follows: all else is there
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if not Path(checkpoint, self.optimizer_file).is_file():
+            raise InputError(f"{checkpoint} is of no pipeline of {self.args.world_size} processes")
+        state = torch.load(Path(checkpoint, self.optimizer_file), self.args.device)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # That a checkpoint has the other stages' weights too is none
+        super()._issue_warnings_after_load(load_result._replace(unexpected_keys=[]))
+
+
+# ------------------------------------------------------------------------------------------------
 # Evaluation
 
 
@@ -780,13 +976,13 @@ class LanguageEvaluation(EvaluationCallback):
         return figures, None
 
     def _losses(self, model: torch.nn.Module, name: str) -> dict[str, float]:
-        sequences = self.sequences[name]
-        sums = []
+        sequences, sums = self.sequences[name], []
+        batch_loss = language_loss if pipeline_parallel_size() == 1 else pipeline_loss
         for indices, counts in self._share([row["length"] for row in sequences]):
             batch = self.collator([sequences[i] for i in indices])
             batch = {key: part.to(model.device) for key, part in batch.items()}
             with torch.no_grad():
-                loss, labels = language_loss(model, batch)
+                loss, labels = batch_loss(model, batch)
             if counts:
                 sums.append((loss.item(), labels))
         total, labels = (sum(column) for column in zip(*gather_object(sums), strict=True))
@@ -820,7 +1016,7 @@ class LanguageEvaluation(EvaluationCallback):
     def _share(self, lengths: list[int]) -> Iterator[tuple[list[int], bool]]:
         """This process's batches of indices. So that every process has as many, one whose share is
         shorter does its first again, which then does not count."""
-        replica, part = divmod(PartialState().process_index, tensor_parallel_size())
+        replica, part = divmod(PartialState().process_index, model_parallel_size())
         share = math.ceil(len(lengths) / replicas())
         batches = plan_batches(lengths, max(1, min(self.batch_size, share)))
         for first in range(0, len(batches), replicas()):
@@ -878,7 +1074,8 @@ def run(argv: list[str] | None) -> dict[str, Any]:
     evaluation = LanguageEvaluation(
         samples, tokenizer, settings, run.folder, run.args.per_device_eval_batch_size
     )
-    trainer = train(run, settings, recipe, model, tokenizer, encodings, evaluation)
+    kind = LabelTrainer if pipeline_parallel_size() == 1 else PipelineTrainer
+    trainer = train(run, settings, recipe, model, tokenizer, encodings, evaluation, kind)
     save_model(trainer, run.folder / "final")
     return end_run(trainer, evaluation, settings, task=settings.task, tuning=settings.tuning)
 
