@@ -894,11 +894,16 @@ class Launch:
 
     @property
     def replicas(self) -> int:
-        return 1 if self.strategy == "tp" else self.processes
+        return 1 if shares_batches(self.run, self.strategy) else self.processes
 
     @property
     def checkpointing(self) -> bool:
         return bool(self.run.flags.get("gradient_checkpointing"))
+
+
+def shares_batches(run: Run, strategy: str) -> bool:
+    """Whether all processes work on the same records, each with a part of the model."""
+    return strategy == "tp" or run.fact("pipeline_parallel_size", 1) > 1
 
 
 def count_processes(run: Run, here: Hardware, real: bool) -> tuple[int, int]:
@@ -944,19 +949,15 @@ def named_strategy(run: Run, processes: int) -> tuple[str, str] | None:
         if name not in STRATEGIES:
             raise InputError(f"{where['strategy']} is {name!r}: give {', '.join(STRATEGIES)}")
         claims.append((name, where["strategy"]))
-    if fact("pipeline_parallel_size", 1) != 1:
-        raise InputError(
-            f"{where['pipeline_parallel_size']} is {fact('pipeline_parallel_size')}: pipeline "
-            "parallelism is not offered here, fsdp2 divides a model among GPUs without idle stages"
-        )
-    size = fact("tensor_parallel_size", 1)
-    if size not in (1, processes):
-        raise InputError(
-            f"{where['tensor_parallel_size']} is {size} with {processes} processes: it must be the "
-            "number of processes, since tensor parallelism is not mixed with another strategy here"
-        )
-    if size > 1:
-        claims.append(("tp", where["tensor_parallel_size"]))
+    # A pipeline is launched as DDP is; the training script itself divides the layers
+    for name, strategy in (("tensor_parallel_size", "tp"), ("pipeline_parallel_size", "ddp")):
+        if fact(name, 1) not in (1, processes):
+            raise InputError(
+                f"{where[name]} is {fact(name)} with {processes} processes: it must be the number "
+                "of processes, since it is not mixed with another strategy here"
+            )
+        if fact(name, 1) > 1:
+            claims.append((strategy, where[name]))
     if path := fact("deepspeed"):
         claims.append((strategy_of_json(path, where["deepspeed"]), where["deepspeed"]))
     stage, offload = fact("deepspeed_stage"), fact("cpu_offload")
@@ -1104,7 +1105,10 @@ def make_launch(
     gpu = min(here.gpus, key=lambda gpu: gpu.memory, default=None) if real else None
     gpu = gpu or (None if real else planned_gpu(run, options, here))
     half = bool(run.flags.get("bf16", gpu is not None and gpu.bf16) or run.flags.get("fp16"))
-    replicas = 1 if (named_strategy(run, processes) or ("",))[0] == "tp" else processes
+    named = (named_strategy(run, processes) or ("",))[0]
+    if (stages := run.fact("pipeline_parallel_size", 1)) > 1:
+        put(run, "pipeline_parallel_size", stages, "pipeline_parallel_size")
+    replicas = 1 if shares_batches(run, named) else processes
     batch, accumulation, total = split_update(run, replicas)
     strategy, why, memory = choose_strategy(run, gpu, processes, batch, half)
     if strategy.startswith("zero") and real and not has_deepspeed():

@@ -309,7 +309,7 @@ def test_a_flag_that_the_tasks_script_does_not_have_is_refused(refusal_of, words
         ("tuning: {mode: full}\nuse_qlora: true", "quantised weights cannot be trained"),
         ("train: {bf16: true, fp16: true}", "bf16 and fp16 are both true"),
         ("train: {mixed_precision: no, bf16: true}", "leave one of them out"),
-        ("pipeline_parallel_size: 2", "pipeline parallelism is not offered"),
+        ("pipeline_parallel_size: 2\nnum_processes: 4", "must be the number of processes"),
         ("tensor_parallel_size: 2\nnum_processes: 4", "must be the number of processes"),
         ("strategy: zero2\nfsdp: true\nnum_processes: 2", "leave one of them out"),
         ("fsdp: true\nsharding_strategy: SHARD_GRAD_OP\nnum_processes: 2", "strategy zero2"),
@@ -667,3 +667,10 @@ def test_P1_deepspeed_without_a_file_is_zero2():
         ["make", "-n", "train-deepspeed"], capture_output=True, text=True, cwd=ROOT
     ).stdout
     assert shown.rstrip().endswith("confidence_qwen7b.yaml --strategy zero2")
+
+
+def test_G4_a_pipeline_is_launched_with_a_process_for_each_stage(words_of):
+    text = SFT + "tuning: {mode: full}\npipeline_parallel_size: 2\nnum_processes: 2\n"
+    words = words_of(text + "batch_size: 4\ngradient_accumulation_steps: 8\nglobal_batch_size: 32")  # one replica
+    assert "configs/strategies/ddp.yaml" in " ".join(words)
+    assert words[words.index("--pipeline_parallel_size") + 1] == "2"
