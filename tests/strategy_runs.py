@@ -3,10 +3,10 @@ real scripts, one after the other, each in a process of its own on every rank.
 
     accelerate launch --config_file configs/strategies/zero2.yaml strategy_runs.py FOLDER
 
-FOLDER/runs.json lists them: {"name", "argv" (the script first), "port", "die_at": a step or
-null}. What a rank says goes to FOLDER/NAME.RANK.log, its exit code to NAME.RANK.rc, and what was seen from inside
-of its training to NAME.RANK.json. The libraries are imported once and inherited by forking, which
-is most of the time that a run of a tiny model takes; a run knows nothing of the others.
+FOLDER/runs.json lists them: {"name", "argv" (the script first), "port", "die_at": a step or null}.
+What a rank says goes to FOLDER/NAME.RANK.log, its exit code to NAME.RANK.rc, and what was seen from
+inside of its training to NAME.RANK.json. The libraries are imported once and inherited by forking,
+which is most of the time that a run of a tiny model takes; a run knows nothing of the others.
 
 Three things keep strategies off a CPU, and are lifted here, not in the scripts:
 - accelerate makes FSDP plain DDP there (state.py asks for MULTI_GPU and its like). This sets what
@@ -150,3 +150,5 @@ def main() -> None:
 
 
 main()
+sys.stdout.flush()
+os._exit(0)  # nothing is left to tidy up, and tidying takes seconds

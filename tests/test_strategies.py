@@ -1,7 +1,7 @@
-"""Every strategy of configs/strategies through the real scripts and `accelerate launch`, in two gloo
-processes (rows P6, P7, G3, G4, G5). A strategy that fell back to another is a failed test, so each
-run is observed from inside: world size, wrapper, numbers that a rank holds. And whatever splits the
-work, losses, evaluation and weights must be those of one process with the same global batch."""
+"""Every strategy of configs/strategies through the real scripts and `accelerate launch`, in two
+gloo processes (rows P6, P7, G3, G4, G5). A strategy that fell back to another is a failed test, so
+each run is observed from inside: world size, wrapper, numbers that a rank holds. And whatever
+splits the work, losses, evaluation and weights must be those of one process."""
 
 import importlib.util
 import json
@@ -20,6 +20,7 @@ from filelock import FileLock
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_language_model import make_chats
+from test_run import without_runtime
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train_language_model import encode_chats, parse_chat
@@ -28,7 +29,10 @@ DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 STRATEGIES = ["ddp", "zero2", "zero3", "zero3_offload", "fsdp2", "tp", "two_machines"]
 SPLITTING = ["zero3", "fsdp2", "tp"]
 ROWS = 8  # of a global batch
-SECONDS = 240  # for the runs of a launch
+SECONDS = 280  # for the runs of a launch
+pytestmark = pytest.mark.timeout(900)  # a test may wait for what another worker launches
+TUNINGS = [(strategy, tuning) for strategy in STRATEGIES for tuning in ("full", "lora")]
+TUNINGS.remove(("two_machines", "lora"))
 
 
 def needs(strategy):
@@ -211,6 +215,7 @@ class Run:
 
     @property
     def done(self):
+        assert self.codes, f"{self.folder.name} was never run: {self.folder.parent}/launch.log"
         assert not any(self.codes), "\n".join(self.logs)
         return self
 
@@ -306,11 +311,8 @@ def test_G3_G4_P6_the_work_is_split_as_asked_and_nothing_falls_back(strategy, fi
 # The same as one process
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-@each(*STRATEGIES, "json")
+@pytest.mark.parametrize(("strategy", "tuning"), [*TUNINGS, ("json", "full")])
 def test_G4_P6_P7_losses_evaluation_and_weights_are_those_of_one_process(strategy, tuning, find):
-    if tuning == "lora" and strategy in ("json", "two_machines"):
-        pytest.skip("made with full tuning only")
     one, run = find("single", tuning), find(strategy, tuning)
     ours, expected = run.summary, one.summary
     assert ours["num_processes"] == 2
@@ -323,17 +325,15 @@ def test_G4_P6_P7_losses_evaluation_and_weights_are_those_of_one_process(strateg
         assert figures["loss"] == pytest.approx(others["loss"], abs=1e-4)
         assert figures["rougeL"] == pytest.approx(others["rougeL"], abs=1e-4)
     assert 0 < expected["validation"]["chats"]["rougeL"] < 1
-    assert expected["validation"]["chats"]["loss"] < others["loss"] + 1
+    before = expected["validation_before_training"]["chats"]["loss"]
+    assert abs(expected["validation"]["chats"]["loss"] - before) > 1e-3  # it learned something
     assert run.weights.keys() == one.weights.keys()
     for name, tensor in one.weights.items():
         assert (run.weights[name] - tensor).abs().max() < 1e-3, name
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-@each("single", *STRATEGIES)
+@pytest.mark.parametrize(("strategy", "tuning"), [("single", "full"), ("single", "lora"), *TUNINGS])
 def test_G4_P6_what_was_saved_reloads_in_one_process(strategy, tuning, find, data):
-    if (strategy, tuning) == ("two_machines", "lora"):
-        pytest.skip("made with full tuning only")
     run = find(strategy, tuning)
     final = run.done.folder / "final"
     model = AutoModelForCausalLM.from_pretrained(final if tuning == "full" else data / "base")
@@ -354,9 +354,11 @@ def test_P6_a_confidence_run_is_that_of_one_process(strategy, adapter, find):
     assert ours["num_processes"] == 2
     assert ours["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-4)
     assert run.logged == pytest.approx(one.logged, abs=1e-4)
-    for name, figure in expected["validation_before_training"]["demo"].items():
-        if name != "runtime":
-            assert ours["validation_before_training"]["demo"][name] == figure, name
+    for when in ("validation_before_training", "validation"):
+        figures, others = without_runtime(ours[when]), without_runtime(expected[when])
+        assert figures.keys() == others.keys()
+        for name, figure in others.items():
+            assert figures[name] == pytest.approx(figure, abs=1e-4), (when, name)
     for name, tensor in one.weights.items():
         assert (run.weights[name] - tensor).abs().max() < 2e-3, name
     if strategy == "zero2":
