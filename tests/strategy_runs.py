@@ -30,8 +30,9 @@ RANK = os.environ.get("RANK", "0")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from transformers import Trainer  # noqa: E402
+
 import train_language_model  # noqa: E402, F401  # what the children inherit
-from train_confidence_lora import LabelTrainer  # noqa: E402
 
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     import deepspeed
@@ -86,7 +87,7 @@ def moments(optimizer) -> int:
 
 def observe(file: Path, die_at: int | None) -> None:
     """Has the trainer write into `file` what its training really is, and die before a step."""
-    step, seen = LabelTrainer.training_step, {"losses": []}
+    step, seen = Trainer.training_step, {"losses": []}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.state.global_step == die_at:
@@ -111,7 +112,7 @@ def observe(file: Path, die_at: int | None) -> None:
         file.write_text(json.dumps(seen))
         return loss
 
-    LabelTrainer.training_step = training_step
+    Trainer.training_step = training_step  # a script that is __main__ has classes of its own
 
 
 def run(folder: Path, name: str, argv: list[str], die_at: int | None) -> None:

@@ -361,9 +361,12 @@ def test_P6_a_confidence_run_is_that_of_one_process(strategy, adapter, find):
             assert figures[name] == pytest.approx(figure, abs=1e-4), (when, name)
     for name, tensor in one.weights.items():
         assert (run.weights[name] - tensor).abs().max() < 2e-3, name
-    if strategy == "zero2":
-        assert all("DeepSpeedEngine" in rank["wrappers"] for rank in run.ranks)
-        assert sum(r["moments"] for r in run.ranks) == one.ranks[0]["moments"]
+    wrapper, times = {"ddp": ("DistributedDataParallel", 2), "zero2": ("DeepSpeedEngine", 1)}[
+        strategy
+    ]
+    assert [rank["world_size"] for rank in run.ranks] == [2, 2]
+    assert all(wrapper in rank["wrappers"] for rank in run.ranks)
+    assert sum(rank["moments"] for rank in run.ranks) == times * one.ranks[0]["moments"]
 
 
 @each("ddp", "zero2", "zero3", "fsdp2")
