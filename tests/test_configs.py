@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 import yaml
 from conftest import ROOT, make_model, tagged_records, write_jsonl
+from test_cluster import free_port
 from test_language_model import make_chats, make_texts
 
 from plan_training import main
@@ -45,14 +46,20 @@ def test_Y5_a_job_of_each_example_is_built_finishes_and_its_settings_are_the_fil
     file, tmp_path, capsys
 ):
     settings, command = command_of(file, tmp_path, capsys)
-    if "fsdp2" in " ".join(command):  # accelerate has it on GPUs alone
-        script = next(i for i, word in enumerate(command) if word.endswith("_model.py"))
-        command.insert(script, str(ROOT / "tests" / "sharding_on_cpu.py"))
+    launched, folder = list(command), tmp_path / "observed"
+    if "accelerate.commands.launch" in command:  # what keeps strategies off a CPU is lifted there
+        script = next(i for i, word in enumerate(command) if word.startswith("train_"))
+        folder.mkdir()
+        run = {"name": "run", "argv": command[script:], "port": free_port(), "die_at": None}
+        (folder / "runs.json").write_text(json.dumps([run]))
+        launched[script:] = [str(ROOT / "tests" / "strategy_runs.py"), str(folder)]
     environment = {**os.environ, **settings, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+        launched, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    logs = [path.read_text()[-2000:] for path in folder.glob("run.*.log")]
+    assert done.returncode == 0, "\n".join([done.stdout, done.stderr, *logs])
+    assert (tmp_path / "run" / "summary.json").is_file(), "\n".join(logs)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     saved = yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())
     given = dict(pairwise(command))  # {flag: value}

@@ -671,6 +671,8 @@ def test_P1_deepspeed_without_a_file_is_zero2():
 
 def test_G4_a_pipeline_is_launched_with_a_process_for_each_stage(words_of):
     text = SFT + "tuning: {mode: full}\npipeline_parallel_size: 2\nnum_processes: 2\n"
-    words = words_of(text + "batch_size: 4\ngradient_accumulation_steps: 8\nglobal_batch_size: 32")  # one replica
+    words = words_of(
+        text + "batch_size: 4\ngradient_accumulation_steps: 8\nglobal_batch_size: 32"
+    )  # one replica
     assert "configs/strategies/ddp.yaml" in " ".join(words)
     assert words[words.index("--pipeline_parallel_size") + 1] == "2"
