@@ -128,7 +128,7 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("disk", ["shared", "own"])
-def test_two_machines_train_what_one_does_and_only_the_first_writes(
+def test_P7_two_machines_train_what_one_does_and_only_the_first_writes(
     disk, data, one_machine, tmp_path, record_property
 ):
     record_property("networks", "two, joined by a cable" if NETWORKS else "one: loopback")
@@ -226,7 +226,7 @@ def slurm(checkout, tmp_path):
     return start
 
 
-def test_the_slurm_script_makes_one_world_of_its_nodes(slurm, one_machine, tmp_path):
+def test_G7_the_slurm_script_makes_one_world_of_its_nodes(slurm, one_machine, tmp_path):
     job = slurm("run.yaml", "--run_name", "slurm")
     said, _ = job.communicate(timeout=240)
     assert job.returncode == 0, said
@@ -300,7 +300,7 @@ def assert_valid(document):
     assert SCHEMAS[document["kind"]].from_dict(document).to_dict() == document
 
 
-def test_the_manifest_is_valid_by_kubeflows_schema():
+def test_G7_the_manifest_is_valid_by_kubeflows_schema():
     documents = manifest()
     assert set(documents) == set(SCHEMAS)
     for document in documents.values():
@@ -356,7 +356,7 @@ exec "${words[@]}"
 """
 
 
-def test_the_manifests_command_makes_one_world_of_its_workers(checkout, one_machine, tmp_path):
+def test_G7_the_manifests_command_makes_one_world_of_its_workers(checkout, one_machine, tmp_path):
     """Under the variables that Kubeflow's torch runtime sets, put in as Kubernetes does."""
     trainer = manifest()["TrainJob"]["spec"]["trainer"]
     command = [sys.executable if word == "python" else word for word in trainer["command"]]

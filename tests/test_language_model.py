@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from conftest import DEMO_MODEL, make_model, write_jsonl
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 import train_language_model as language
@@ -551,6 +552,20 @@ def test_P5_evaluation_can_be_off_or_by_loss_alone(train, chat_file, tmp_path):
     assert not (tmp_path / "off" / "validation.jsonl").exists()
     figures = train(base + f"--evaluation loss --val_data {chat_file}", "loss")["validation"]
     assert set(figures["chats"]) == {"num_samples", "loss", "perplexity", "runtime"}
+
+
+def test_P9_tensorboard_has_loss_memory_throughput_and_evaluation(train, chat_file, tmp_path):
+    train(
+        f"--task sft --model_name {make_model(tmp_path / 'm')} --train_data {chat_file} "
+        f"--val_data {chat_file} --evaluation generate --max_steps 4 --eval_steps 2 "
+        "--logging_steps 1 --batch_size 5 --gradient_accumulation_steps 1 --max_new_tokens 4"
+    )
+    events = EventAccumulator(str(tmp_path / "run" / "logs")).Reload()
+    steps = {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for tag in "loss learning_rate grad_norm tokens_per_second peak_memory_gb".split():
+        assert steps[f"train/{tag}"] == [1, 2, 3, 4]
+    for tag in "loss perplexity chats_loss chats_perplexity chats_rougeL".split():
+        assert steps[f"eval/{tag}"] == [0, 2, 4]
 
 
 def test_every_process_makes_as_many_passes_and_each_sequence_counts_once(monkeypatch, tokenizer):

@@ -70,7 +70,7 @@ def both_models(folder, **options):
         ("--attn_implementation eager", "--attn_implementation eager and --backend unsloth"),
     ],
 )
-def test_unsloth_is_refused_in_one_sentence_before_anything_is_loaded(line, message, train_file):
+def test_F4_unsloth_is_refused_in_one_sentence_before_anything_is_loaded(line, message, train_file):
     command = [sys.executable, SCRIPT, "--train_data", train_file, "--model_name", "nowhere"]
     command += ["--backend", "unsloth", *line.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -110,7 +110,7 @@ def test_unsloth_is_imported_first_and_only_when_asked_for(flag, tmp_path):
 @pytest.mark.parametrize("kind", ["qwen", "mistral"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("spare_rows", [0, 40])
-def test_loss_and_every_gradient_are_those_of_peft(
+def test_F4_loss_and_every_gradient_are_those_of_peft(
     unsloth, tmp_path, records, kind, tied, spare_rows
 ):
     folder = make_model(tmp_path / "model", kind, tied, spare_rows)
@@ -151,7 +151,7 @@ def test_other_architectures_are_refused(unsloth, tmp_path):
         confidence.load_base_model(str(folder), backend="unsloth")
 
 
-def test_a_whole_run_leaves_an_adapter_that_plain_peft_loads(unsloth, tmp_path, monkeypatch):
+def test_F4_a_whole_run_leaves_an_adapter_that_plain_peft_loads(unsloth, tmp_path, monkeypatch):
     monkeypatch.setattr(confidence, "check_unsloth", lambda values: None)  # there is no GPU
     states = []
     step = confidence.LabelTrainer.training_step
