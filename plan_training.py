@@ -114,6 +114,13 @@ FACTS = (  # what the launch itself makes use of
     "pipeline_parallel_size use_deepspeed deepspeed_stage cpu_offload deepspeed mixed_precision"
 ).split()
 PARALLELISM = FACTS[FACTS.index("fsdp") : FACTS.index("mixed_precision")]
+MAY_BE_AUTO = {"batch_size", "gradient_accumulation_steps"}
+COUNTS = MAY_BE_AUTO | set(
+    "global_batch_size max_seq_length max_train_samples num_processes num_machines gpu_count "
+    "gpus_per_node target_tokens_per_device_step tensor_parallel_size pipeline_parallel_size "
+    "vocab_size hidden_size num_heads num_layers".split()
+)
+PATHS = set("model_name tokenizer_name train_data chat_data val_data output_dir".split())
 UNUSED = {"versions": "it tells of the run that wrote the file"}  # the only keys that do nothing
 CONFIDENCE_KEYS = {"adapter", "validation_answers", "calib_beta", "calib_p_norm", "fp8"}
 SHAPE_KEYS = {"vocab_size", "hidden_size", "num_heads", "num_layers"}
@@ -143,6 +150,7 @@ GPU_TYPES = {  # GiB (an H200 "of 141 GB" has 143,771 MiB), and whether it compu
     "V100": (32, False),
     "T4": (16, False),
 }
+TEXT_FILES = (".txt", ".md", ".jsonl", ".jsonl.gz")  # what training reads of a folder
 USABLE = 0.9  # of a GPU's memory; --batch_size auto stops there too
 
 SHAPES = {  # so that these can be planned for without a download; a pattern of the name: its type,
@@ -317,6 +325,12 @@ def collect(
                 raise InputError(f"{where} is no key this program knows: {hint}")
             target = name
         value = VALUES.get(target, {}).get(str(value), value)
+        counts = type(value) is int and value > 0
+        if target in COUNTS and not (counts or (value == "auto" and target in MAY_BE_AUTO)):
+            or_auto = " or auto" if target in MAY_BE_AUTO else ""
+            raise InputError(f"{where} is {value!r}: give a whole number above 0{or_auto}")
+        if target in PATHS and not isinstance(value, list):
+            value = str(value)
         if target in flags and (choices := flags[target].choices) and str(value) not in choices:
             raise InputError(f"{where} is {value!r}: give {' or '.join(choices)}")
         if target in given and given[target].value != value:
@@ -886,6 +900,7 @@ class Launch:
     why: str
     half: bool
     batch: int | None  # records at a time on a process; None: auto
+    planned: bool  # whether it was auto and is now what the estimate says fits
     accumulation: int | None
     global_batch: int
     memory: Memory | None  # where it was needed
@@ -1005,17 +1020,18 @@ def strategy_of_json(path: str, where: str) -> str:
     return "ddp" if stage < 1 else "zero2" if stage < 3 else f"zero3{'_offload' * offload}"
 
 
-def candidates(run: Run) -> list[str]:
+def candidates(run: Run, deepspeed: bool = True) -> list[str]:
     """Strategies for several processes that are chosen from, from the fastest to the leanest.
 
     zero3 holds what fsdp2 holds and needs another package: it is taken by name only. Quantised
     weights are not divided, nor are the tag tokens' trainable rows (peft issue 2946).
     """
     mode = run.flags.get("tuning", "lora")
-    if mode in ("full", "scratch"):
-        return ["ddp", "zero2", "fsdp2", "zero3_offload"]
     quantised = mode == "qlora" or run.get("load_in_8bit") or run.get("load_in_4bit")
-    return ["ddp", "zero2"] if quantised or run.task == "confidence" else ["ddp", "zero2", "fsdp2"]
+    names = ["ddp", "zero2", "fsdp2", "zero3_offload"]
+    if mode not in ("full", "scratch"):
+        names = names[:2] if quantised or run.task == "confidence" else names[:3]
+    return [name for name in names if deepspeed or not name.startswith("zero")]
 
 
 def smallest_need(memory: Memory, run: Run, strategy: str, processes: int, batch: int | None):
@@ -1025,9 +1041,9 @@ def smallest_need(memory: Memory, run: Run, strategy: str, processes: int, batch
 
 
 def choose_strategy(
-    run: Run, gpu: Gpu | None, processes: int, batch: int | None, half: bool
+    run: Run, gpu: Gpu | None, processes: int, batch: int | None, half: bool, deepspeed: bool
 ) -> tuple[str, str, Memory | None]:
-    """(strategy, why in words, what memory was computed from)."""
+    """(strategy, why in words, what memory was computed from). `deepspeed`: is it here?"""
     named = named_strategy(run, processes)
     alone = named is None or (named[0] != "zero3_offload" and "deepspeed" not in run.facts)
     if processes == 1 and alone:
@@ -1044,7 +1060,7 @@ def choose_strategy(
         memory, room, tried = measure_run(run, half), USABLE * gpu.memory, []
     except UnknownModel as error:
         return "ddp", f"the fastest, whether it fits or not: {error}", None
-    for strategy in candidates(run):
+    for strategy in candidates(run, deepspeed):
         need = smallest_need(memory, run, strategy, processes, batch)
         tried.append(f"{strategy} {need / GIB:.1f}")
         if need <= room:
@@ -1090,6 +1106,27 @@ def split_update(run: Run, replicas: int) -> tuple[int | None, int | None, int]:
     return batch, accumulation, made
 
 
+def planned_batch(
+    run: Run, memory: Memory, strategy: str, processes: int, gpu: Gpu | None, share: int
+) -> tuple[int, int]:
+    """(records at a time, accumulation) in place of auto, where the script cannot measure a batch
+    since no process holds the whole model: the largest divisor of a process's share that fits.
+
+    Raises:
+        InputError: if no GPU is known that it should fit on.
+    """
+    if gpu is None:
+        raise InputError(
+            f"{run.file}: with {strategy} the script measures no batch, and no GPU is known to "
+            "estimate one for: give batch_size"
+        )
+    recompute = bool(run.flags.get("gradient_checkpointing"))
+    most = max(1, largest_batch(memory, strategy, processes, gpu, recompute))
+    batch = max(size for size in range(1, share + 1) if share % size == 0 and size <= most)
+    run.flags |= {"batch_size": batch, "gradient_accumulation_steps": share // batch}
+    return batch, share // batch
+
+
 def make_launch(
     run: Run, options: argparse.Namespace, here: Hardware, real: bool, root: Path = ROOT
 ) -> Launch:
@@ -1110,14 +1147,20 @@ def make_launch(
         put(run, "pipeline_parallel_size", stages, "pipeline_parallel_size")
     replicas = 1 if shares_batches(run, named) else processes
     batch, accumulation, total = split_update(run, replicas)
-    strategy, why, memory = choose_strategy(run, gpu, processes, batch, half)
+    deepspeed = has_deepspeed() or not real
+    strategy, why, memory = choose_strategy(run, gpu, processes, batch, half, deepspeed)
+    whole = strategy in ("single", "ddp") and stages == 1 and "deepspeed" not in run.facts
+    if planned := batch is None and not whole:
+        memory = memory or measure_run(run, half)
+        share = total // replicas
+        batch, accumulation = planned_batch(run, memory, strategy, processes, gpu, share)
     if strategy.startswith("zero") and real and not has_deepspeed():
         raise InputError(
             f"strategy {strategy} needs a package that is not here: 'make setup-gpu' installs it"
         )
     launch = Launch(
-        run, gpu, processes, machines, strategy, why, half, batch, accumulation, total, memory,
-        [], {},
+        run, gpu, processes, machines, strategy, why, half, batch, planned, accumulation, total,
+        memory, [], {},
     )  # fmt: skip
     launch.command = build_command(launch, real, root)
     # Records differ in length: memory in pieces that can grow is not lost between them
@@ -1203,6 +1246,7 @@ def describe(launch: Launch, here: Hardware) -> list[str]:
     run, total = launch.run, launch.global_batch
     found = f"GPUs: {gpu_words(here.gpus)}"
     each = "" if launch.batch else ", shared out by what memory is measured to hold"
+    each = ", as the estimate says fits" if launch.planned else each
     split = (
         f"{launch.batch} records at a time × {launch.accumulation} accumulation × "
         if launch.batch
@@ -1312,14 +1356,15 @@ def largest_batch(memory: Memory, strategy: str, processes: int, gpu: Gpu, recom
 def fewest_gpus(memory: Memory, launch: Launch) -> str:
     """The smallest number of GPUs of this kind that hold the run, and by which strategy."""
     room = USABLE * launch.gpu.memory
+    batch = None if launch.planned else launch.batch
     for count in range(1, 1025):
         for strategy in ["single"] if count == 1 else candidates(launch.run):
-            need = smallest_need(memory, launch.run, strategy, count, launch.batch)
+            need = smallest_need(memory, launch.run, strategy, count, batch)
             if need <= room and strategy != "zero3_offload":
                 return (
                     f"fewest GPUs of this kind: {count} ({strategy}, {need / GIB:.1f} GiB each, "
-                    f"{launch.batch or 1} x {memory.length} tokens at a time"
-                    f"{', recomputing activations' * (launch.batch is None)})"
+                    f"{batch or 1} x {memory.length} tokens at a time"
+                    f"{', recomputing activations' * (batch is None)})"
                 )
     return "no number of these GPUs holds it without offloading: recompute activations, shorten " \
         "sequences, or take qlora"  # fmt: skip
@@ -1353,10 +1398,12 @@ def count_records(path: Path, most: float) -> tuple[int, int]:
     import gzip
 
     inside = sorted(part for part in path.rglob("*") if part.is_file())
+    inside = [file for file in inside if file.name.endswith(TEXT_FILES)]
     files = inside if path.is_dir() else [path]
     count = characters = 0
     for file in files:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as text:
+        opener = gzip.open if file.suffix == ".gz" else open
+        with opener(file, "rt", encoding="utf-8", errors="replace") as text:
             lines = text if ".jsonl" in file.name else [text.read()]
             for line in lines:
                 if count < most and line.strip():

@@ -391,7 +391,8 @@ def check_run_settings(settings: RunSettings, training: dict[str, Any]) -> None:
     for name in (
         "val_samples lora_r calib_beta max_new_tokens num_train_epochs learning_rate "
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-        "global_batch_size max_train_samples vocab_size hidden_size num_heads num_layers num_beams"
+        "global_batch_size max_train_samples vocab_size hidden_size num_heads num_layers num_beams "
+        "pipeline_parallel_size"
     ).split():
         if values.get(name) not in ("auto", None) and not values[name] > 0:
             raise InputError(f"--{name} is {values[name]}: give a number above 0")
@@ -831,7 +832,9 @@ def cache_encodings(
     for file in (__file__, *files):
         key.update(Path(file).read_bytes())
     key.update(tokenizer.backend_tokenizer.to_str().encode())
-    key.update(json.dumps([tokenizer.chat_template, options, records]).encode())
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    text = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, added]
+    key.update(json.dumps([text, options, records]).encode())
     try:
         with PartialState().local_main_process_first():
             encodings = datasets.Dataset.from_generator(
@@ -2061,7 +2064,7 @@ def flops_per_token(model: PeftModel, recompute: bool) -> float:
 
     So an ordinary LoRA takes 4·N, with gradient checkpointing 6·N, and an activated one 2·N. N is
     the weights of the linear layers that LoRA stands beside: not embedding and head, whose work
-    does not grow with the tokens. Attention and LoRA itself are left out.
+    grows with the labels. Attention and LoRA itself are left out.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, lora.LoraLayer)]
     count = sum(layer.in_features * layer.out_features for layer in layers)
@@ -2436,7 +2439,8 @@ class EvaluationCallback(TrainerCallback):
         model.train(was_training)
         means = {}
         for metric in self.means:
-            values = [figure[metric] for figure in figures.values() if figure[metric] is not None]
+            found = [figure.get(metric) for figure in figures.values()]
+            values = [value for value in found if value is not None]
             means[metric] = sum(values) / len(values) if values else math.nan
             metrics[f"eval_{metric}"] = means[metric]
         if not state.is_world_process_zero or not figures:

@@ -18,7 +18,6 @@ tokenizer and model, loss, pipeline, evaluation, main.
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import os
@@ -39,6 +38,7 @@ from train_confidence_lora import (
     InputError,
     LabelTrainer,
     Recipe,
+    Run,
     RunSettings,
     add_adapter,
     cache_encodings,
@@ -65,6 +65,7 @@ from train_confidence_lora import (
     read_records,
     replace_folder,
     replicas,
+    report_skipped,
     say,
     setting,
     sharding,
@@ -79,6 +80,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -177,8 +180,8 @@ def check_settings(settings: LanguageSettings, training: dict[str, Any]) -> None
             if mixed
             else f"--chat_data is for --task cpt_mixed: --task {settings.task} has --train_data"
         )
-    if share is not None and not (mixed and 0 < share < 1):
-        raise InputError(f"--chat_share {share}: a share above 0 and below 1, for --task cpt_mixed")
+    if share is not None and not (mixed and 0.001 <= share <= 0.999):
+        raise InputError(f"--chat_share {share}: a share of 0.001 to 0.999, for --task cpt_mixed")
     if settings.tuning in ("full", "scratch") and (settings.load_in_8bit or settings.load_in_4bit):
         raise InputError(
             f"--tuning {settings.tuning} trains the weights, which quantised ones cannot be: leave "
@@ -237,27 +240,28 @@ def parse_chat(line: str) -> dict[str, Any]:
         ValueError: with the reason, in words, why the line is none.
     """
     row = parse_object(line)
-    if "conversations" in row:
-        turns = row["conversations"]
+    if "messages" in row or "conversations" in row:
+        turns = row.get("messages", row.get("conversations"))
     elif "completion" in row:
         turns = turns_of(user=row.get("prompt"), assistant=row["completion"])
     elif "output" in row:
-        question = "\n\n".join(filter(None, (row.get("instruction"), row.get("input"))))
-        turns = turns_of(user=question, assistant=row["output"])
+        parts = [part for part in (row.get("instruction"), row.get("input")) if part]
+        turns = turns_of(user="\n\n".join(map(str, parts)), assistant=row["output"])
     elif "assistant" in row:
         turns = turns_of(row.get("system"), row.get("user"), row["assistant"])
     else:
-        turns = row.get("messages")
+        turns = None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError('no "messages": a list of {"role": …, "content": …}')
     messages = []
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        role = ROLES.get(role, role)
+        role = ROLES.get(role, role) if isinstance(role, str) else None
         if role not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"unknown role {role!r}; known are system, user, assistant, tool")
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f"a message of the {role} has no text")
+        content.encode()  # half a surrogate pair cannot be; that is a ValueError too
         messages.append({"role": role, "content": content})
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message of the assistant: nothing to learn")
@@ -274,6 +278,7 @@ def parse_text(line: str) -> dict[str, Any]:
     text = parse_object(line).get("text")
     if not isinstance(text, str) or not text.strip():
         raise ValueError('"text" is missing or empty')
+    text.encode()  # half a surrogate pair cannot be; that is a ValueError too
     return {"text": text, "dataset": TEXTS}
 
 
@@ -317,14 +322,10 @@ def read_texts(path: str, skip_bad: bool = False) -> list[dict[str, Any]]:
 
 def read_either(path: str, skip_bad: bool = False) -> list[dict[str, Any]]:
     """Texts or chats, by what the file's first line is."""
-    try:
-        chats = False
-        if path.endswith((".jsonl", ".jsonl.gz")):
-            opener = gzip.open if path.endswith(".gz") else open
-            with opener(path, "rt", encoding="utf-8-sig") as file:
-                chats = "text" not in parse_object(next(file, "{}"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+    chats = False
+    if path.endswith((".jsonl", ".jsonl.gz")):
+        first, *_ = read_records(path, skip_bad, parse_object)
+        chats = "messages" in first or "text" not in first
     return read_records(path, skip_bad, parse_chat) if chats else read_texts(path, skip_bad)
 
 
@@ -346,7 +347,14 @@ def read_data(
     if settings.val_data:
         held = read_either(settings.val_data, skip)
     else:
-        training, held = hold_out(training, 0.05, settings.val_samples, seed)
+        if [record["dataset"] for record in training] == [TEXTS]:  # one book: its end is held out
+            [book] = training
+            at = math.ceil(0.95 * len(book["text"]))
+            training, held = (
+                [{**book, "text": part}] for part in (book["text"][:at], book["text"][at:])
+            )
+        else:
+            training, held = hold_out(training, 0.05, settings.val_samples, seed)
         say(f"held out of training for evaluation: {len(held)} of {len(held) + len(training)}")
     if not held:
         raise InputError(
@@ -399,24 +407,44 @@ def chat_segments(
         return tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=prompt)
 
     whole, segments, done, at = render(messages, False), [], 0, 0
-    special = "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True)))
+    tokens = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    turn_end = re.compile(rf"\s*(?:{'|'.join(map(re.escape, tokens))})")
     for number, message in enumerate(messages):
-        start = whole.find(message["content"].strip(), at)
+        text, begin = message["content"].strip(), None
+        if message["role"] == "assistant" and number:  # templates refuse a chat without messages
+            prompt = render(messages[:number], True)
+            if whole.startswith(prompt):  # else the template shows an earlier turn in another way
+                begin = at = len(prompt)
+        start = whole.find(text, at)
         if message["role"] != "assistant":
             if start >= 0:  # a template may leave out or move what is not the assistant's
-                at = start + len(message["content"].strip())
+                at = start + len(text)
             continue
         if start < 0:
             raise ValueError(f"the chat template changes the text of message {number + 1}")
-        prompt = render(messages[:number], True)
-        begin = len(prompt) if whole.startswith(prompt) and len(prompt) <= start else start
-        after = start + len(message["content"].strip())
-        end = re.compile(rf"\s*(?:{special})").match(whole, after)
-        at = end.end() if end else after
-        text = whole[begin:at] + ("" if end else tokenizer.eos_token)
-        segments += [(whole[done:begin], 0), (text, ALL)]
+        begin = start if begin is None else begin
+        end = turn_end.match(whole, start + len(text))
+        at = end.end() if end else start + len(text)
+        segments.append((whole[done:begin], 0))
+        segments.append((whole[begin:at] + ("" if end else tokenizer.eos_token), ALL))
         done = at
     return segments
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Also those that are special without a name: a template may end turns with such a one."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+
+
+def stop_at_turn_end(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Has generation stop at the token that ends a turn: a base model's own end is another."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    end = tokenize(tokenizer, chat_segments(tokenizer, chat)[-1][0])[-1]
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known]
+    ends = {*known, tokenizer.eos_token_id, end} - {None}
+    model.generation_config.eos_token_id = sorted(ends)
 
 
 def encode_chats(
@@ -427,7 +455,7 @@ def encode_chats(
     for record in records:
         try:
             [encoding] = encode_segments(tokenizer, [chat_segments(tokenizer, record["messages"])])
-        except ValueError as error:
+        except (ValueError, TemplateError) as error:  # templates refuse what they cannot show
             encoding, reason = {"input_ids": [], "labels": []}, str(error)
         else:
             reason = f"no answer begins in its first {max_tokens} tokens"
@@ -575,19 +603,30 @@ def texts_of(records: list[dict]) -> Iterator[str]:
 
 
 def find_tokenizer(
-    settings: LanguageSettings, records: list[dict], folder: Path
+    settings: LanguageSettings, records: list[dict], run: Run
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or one for a model from scratch: the one that is named, or else one
-    trained on the data by one process of each machine."""
-    if settings.tuning != "scratch" or settings.tokenizer_name:
+    trained on the data by one process of each machine, which a run that goes on keeps.
+
+    Raises:
+        InputError: if there is none, or it has no end-of-sequence token.
+    """
+    if run.checkpoint and settings.tuning == "scratch":
+        tokenizer = load_tokenizer(run.checkpoint)
+    elif settings.tuning != "scratch" or settings.tokenizer_name:
         name = settings.tokenizer_name or settings.model_name
         tokenizer = load_tokenizer(name, settings.trust_remote_code)
     else:
-        place = folder / ".tokenizer"
+        place = run.folder / ".tokenizer"
         with PartialState().local_main_process_first():
             if PartialState().is_local_main_process:
                 train_tokenizer(texts_of(records), settings.vocab_size).save_pretrained(place)
         tokenizer = load_tokenizer(str(place))
+    if tokenizer.eos_token is None:
+        raise InputError(
+            f"the tokenizer of {settings.tokenizer_name or settings.model_name} has no eos_token, "
+            "without which nothing learns to end: set it in its tokenizer_config.json"
+        )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
     return tokenizer
@@ -608,7 +647,7 @@ def new_model(settings: LanguageSettings, tokenizer: PreTrainedTokenizerBase) ->
             hidden_size=settings.hidden_size,
             num_hidden_layers=settings.num_layers,
             num_attention_heads=settings.num_heads,
-            max_position_embeddings=settings.max_seq_length,
+            max_position_embeddings=positions_needed(settings),
             tie_word_embeddings=pipeline_parallel_size() == 1,  # else two processes would share it
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -621,7 +660,7 @@ def new_model(settings: LanguageSettings, tokenizer: PreTrainedTokenizerBase) ->
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=settings.attn_implementation
         )
-    except (ValueError, KeyError, ImportError) as error:
+    except (ValueError, KeyError, ImportError, StrictDataclassError) as error:
         raise InputError(f"--model_type {settings.model_type}: {error}") from error
     say(f"a new {settings.model_type} of {model.num_parameters():,} parameters")
     return model
@@ -662,12 +701,15 @@ def language_recipe(
             lora_dropout=settings.lora_dropout,
         )
 
+    bits = (None, 4) if settings.backend == "unsloth" else (None, 8, 4)
+    if settings.tuning != "lora":
+        bits = (None,)
     return Recipe(
         build,
         make_collator(settings, tokenizer),
         language_loss if stages == 1 else pipeline_loss,
         flops_per_token if frozen else full_flops_per_token,
-        bits=(None, 4) if settings.backend == "unsloth" else (None, 8, 4) if frozen else (None,),
+        bits=bits,
     )
 
 
@@ -697,6 +739,8 @@ def language_loss(
     labelled = labels != -100  # by the position that predicts the label
     inputs = {name: batch[name][:, :-1] for name in ("input_ids", "position_ids") if name in batch}
     unwrapped = getattr(model, "module", model)
+    if "position_ids" in batch:
+        check_documents_apart(unwrapped)
     if sharding() != "tp" and head_is_last(unwrapped):  # tp: the head's hooks put it together
         with losses_in_place_of_logits(unwrapped, labelled, labels[labelled]):
             losses = model(**inputs, use_cache=False).logits
@@ -707,6 +751,30 @@ def language_loss(
             logits.float(), labels[labelled], reduction="none"
         )
     return losses.sum(), int(labelled.sum())
+
+
+def check_documents_apart(model: torch.nn.Module) -> None:
+    """Refuses models that attend across the documents of a block whatever the positions say. Found
+    out by a pass of two documents, once."""
+    if hasattr(model, "_documents_apart"):
+        return
+    tokens = torch.arange(8, device=model.device)[None]
+    positions = tokens % 4
+    other = torch.where(tokens < 4, tokens + 8, tokens)  # another first document
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        one, two = (
+            model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, -1].float()
+            for ids in (tokens, other)
+        )
+    model.train(training)
+    if not torch.allclose(one, two, rtol=1e-2, atol=1e-3 * one.abs().max().item()):
+        raise InputError(
+            f"a {model.config.model_type} lets the texts of a block see each other, so --task cpt "
+            "and cpt_mixed are not for it: take a Llama, Mistral, Qwen, Gemma or GPT-2"
+        )
+    model._documents_apart = True
 
 
 def head_is_last(model: torch.nn.Module) -> bool:
@@ -816,7 +884,7 @@ def keep_stage(model: PreTrainedModel, stage: int, stages: int) -> PreTrainedMod
         model.model.embed_tokens = Elsewhere()
     if stage < stages - 1:
         model.model.norm = model.lm_head = Elsewhere()
-    model._head_is_last = True  # which a pass of tokens could not find out
+    model._head_is_last = model._documents_apart = True  # which no pass of tokens could find out
     return model
 
 
@@ -956,16 +1024,33 @@ class LanguageEvaluation(EvaluationCallback):
         super().__init__(folder, samples)
         self.tokenizer, self.settings, self.batch_size = tokenizer, settings, batch_size
         self.collator = make_collator(settings, tokenizer)
-        self.sequences = {}
+        self.sequences: dict[str, list[dict]] = {}
         for kind, records in samples.items():
             encoder = encode_chats if kind == CHATS else encode_texts
-            encodings = list(encoder(tokenizer, records, settings.max_seq_length))
-            self.sequences[kind] = [row for row in encodings if not row["skipped"]]
-            if not self.sequences[kind]:
-                raise InputError(f"none of the {kind} to evaluate on fits --max_seq_length")
-        if settings.evaluation == "generate":
-            self.questions = [question_of(tokenizer, record) for record in samples[CHATS]]
+            rows = list(encoder(tokenizer, records, settings.max_seq_length))
+            reasons = [row["skipped"] for row in rows if row["skipped"]]
+            report_skipped(reasons, len(rows), f"the {kind} to evaluate on")
+            self.sequences[kind] = [row for row in rows if not row["skipped"]]
+            if kind == CHATS:
+                kept = [record for record, row in zip(records, rows) if not row["skipped"]]
+                self.samples = {**self.samples, CHATS: kept}
         self.means = ("loss", "perplexity")
+        if settings.evaluation == "generate":
+            self.means = ("loss", "perplexity", "rougeL")
+            self.questions = self._find_questions()
+
+    def _find_questions(self) -> list[tuple[str, str]]:
+        """What comes before the last answer of each chat, and that answer."""
+        questions, reasons, most = [], [], self.settings.max_seq_length
+        for record in self.samples[CHATS]:
+            question = question_of(self.tokenizer, record)
+            if question and len(tokenize(self.tokenizer, question[0])) <= most:
+                questions.append(question)
+            else:
+                what = f"over {most} tokens before" if question else "nothing before"
+                reasons.append(f"line {record['line']}: {what} its last answer")
+        report_skipped(reasons, len(self.samples[CHATS]), "the chats to answer")
+        return questions
 
     def _validate_dataset(self, model: torch.nn.Module, name: str) -> tuple[dict, None]:
         start = time.perf_counter()
@@ -1030,24 +1115,54 @@ class LanguageEvaluation(EvaluationCallback):
         )
 
 
-def question_of(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[str, str]:
-    """(prompt up to the assistant's last turn, what it said there)."""
+def question_of(tokenizer: PreTrainedTokenizerBase, record: dict) -> tuple[str, str] | None:
+    """(prompt up to the assistant's last turn, what it said there); None if nothing is before."""
     messages = record["messages"]
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    if last == 0:
+        return None
     prompt = tokenizer.apply_chat_template(
         messages[:last], tokenize=False, add_generation_prompt=True
     )
     return prompt, messages[last]["content"].strip()
 
 
+class Words:
+    """Words of any script, and each character of those written without spaces. rouge-score's own
+    tokenizer knows a to z alone: equal texts in other letters would have 0."""
+
+    alone = "\u3040-\u30ff\u3400-\u9fff"  # kana and Chinese characters
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(rf"[{self.alone}]|[^\W{self.alone}]+", text.lower())
+
+
 def rouge_l(prediction: str, reference: str) -> float:
     """F-measure of the longest common subsequence of words (Lin 2004), by rouge-score. Nothing is
     like nothing: an empty prediction has 0."""
-    return RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
+    scorer = RougeScorer(["rougeL"], tokenizer=Words())
+    return scorer.score(reference, prediction)["rougeL"].fmeasure
 
 
 # ------------------------------------------------------------------------------------------------
 # The run
+
+
+def positions_needed(settings: LanguageSettings) -> int:
+    """Tokens of the longest sequence, and of an answer generated to it."""
+    answers = settings.max_new_tokens if settings.evaluation == "generate" else 0
+    return settings.max_seq_length + answers
+
+
+def check_length(model: torch.nn.Module, settings: LanguageSettings) -> None:
+    """InputError if sequences may be longer than the model has positions."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most and most < (needed := positions_needed(settings)):
+        raise InputError(
+            f"--max_seq_length {settings.max_seq_length} is more than the model's {most} positions"
+            f"{' leave room for answers' if needed > settings.max_seq_length else ''}: give "
+            f"{most - needed + settings.max_seq_length} or less"
+        )
 
 
 def save_model(trainer: LabelTrainer, folder: Path) -> None:
@@ -1067,10 +1182,13 @@ def run(argv: list[str] | None) -> dict[str, Any]:
     records, samples = read_data(settings, training["seed"])
     run = open_run(settings, training)
     check_tuning(settings.tuning)
-    tokenizer = find_tokenizer(settings, records, run.folder)
+    tokenizer = find_tokenizer(settings, records, run)
     encodings = encode(tokenizer, records, settings)
     recipe = language_recipe(settings, tokenizer, run.dtype)
     model = initialize_fitting_model(recipe, settings, run, encodings)
+    check_length(model, settings)
+    if settings.task != "cpt":
+        stop_at_turn_end(model, tokenizer)
     evaluation = LanguageEvaluation(
         samples, tokenizer, settings, run.folder, run.args.per_device_eval_batch_size
     )

@@ -3,12 +3,21 @@
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
 from conftest import DEMO_MODEL, make_model, write_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from tokenizers import AddedToken
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 import train_language_model as language
 from train_confidence_lora import InputError, load_tokenizer, main, pad
@@ -163,6 +172,48 @@ def test_an_answer_that_repeats_the_users_words_is_found_at_its_own_place(tokeni
     assert whole.startswith("".join(text for text, _ in segments))
 
 
+@pytest.mark.parametrize("answer", [*"astuer", "start", "user", "assistant", "im_end", "ss"])
+@pytest.mark.parametrize("template", [None, QWEN_3, NO_END, language.PLAIN_TEMPLATE])
+def test_an_answer_that_stands_in_the_templates_own_words_is_found_behind_them(
+    tokenizer, answer, template
+):
+    if template:
+        tokenizer.chat_template = template
+    messages = [{"role": "user", "content": "Pick a, b or c"}]
+    messages.append({"role": "assistant", "content": answer})
+    [(prompt, none), (said, every)] = chat_segments(tokenizer, messages)
+    rendered = tokenizer.apply_chat_template(
+        messages[:1], tokenize=False, add_generation_prompt=True
+    )
+    assert (prompt, none, every) == (rendered, 0, language.ALL)
+    assert said.endswith(f"{answer}<|im_end|>")
+
+
+def test_a_chat_that_the_assistant_begins_is_learnt_and_one_that_the_template_refuses_is_named(
+    tokenizer,
+):
+    hello = [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Hi"}]
+    rows = [{"messages": [*hello, {"role": "assistant", "content": "Well?"}]}]
+    [encoding] = encode_chats(tokenizer, records(rows, CHATS), 256)
+    assert labelled_texts(tokenizer, encoding) == ["Hello!<|im_end|>", "Well?<|im_end|>"]
+    tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
+    [encoding] = encode_chats(tokenizer, records(make_chats(1), CHATS), 256)
+    assert encoding["skipped"] == "line 1: no system, please"
+
+
+def test_a_turns_end_that_is_special_without_a_name_is_learnt_and_ends_generation(
+    tokenizer, tiny_models
+):
+    tokenizer.add_tokens(AddedToken("<|eot|>", special=True))
+    tokenizer.chat_template = NO_END.replace("\n{% endfor", "<|eot|>\n{% endfor")
+    [encoding] = encode_chats(tokenizer, records(make_chats(1), CHATS), 256)
+    assert [text[-8:] for text in labelled_texts(tokenizer, encoding)] == [".<|eot|>"] * 3
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["untied"])
+    language.stop_at_turn_end(model, tokenizer)
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|eot|>")]
+    assert model.generation_config.eos_token_id == sorted(ends)
+
+
 def test_a_chat_too_long_loses_its_end_and_one_whose_answer_does_not_begin_is_skipped(tokenizer):
     rows = make_chats(2)
     rows[1]["messages"][1]["content"] = "word " * 200
@@ -197,6 +248,8 @@ def test_P3_the_forms_of_a_chat_mean_the_same(row):
         ({"messages": [{"role": "king", "content": "q"}]}, "unknown role 'king'"),
         ({"messages": [{"role": "user", "content": " "}]}, "a message of the user has no text"),
         ({"conversations": [{"from": "human"}]}, "a message of the user has no text"),
+        ({"messages": [{"role": ["user"], "content": "q"}]}, "unknown role None"),
+        ({"instruction": "q", "output": "\ud800"}, "surrogates not allowed"),
         ({"user": None, "assistant": 3}, "a message of the assistant has no text"),
         ([], "a record is a JSON object"),
     ],
@@ -251,6 +304,18 @@ def test_P3_no_document_attends_to_another(tiny_models):
     loss, labels = language_loss(model, flat)
     assert labels == count
     assert loss.item() == pytest.approx(packed.item(), rel=1e-5)
+
+
+def test_a_model_that_attends_across_documents_is_refused(tokenizer):
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, num_hidden_layers=2,
+        num_attention_heads=2, word_embed_proj_dim=32, max_position_embeddings=256,
+    )  # fmt: skip
+    blocks = list(encode_texts(tokenizer, records(make_texts(12), TEXTS), 128))
+    batch = BlockCollator(tokenizer.pad_token_id)(blocks)
+    with pytest.raises(InputError, match="opt lets the texts of a block see each other"):
+        language_loss(OPTForCausalLM(config), batch)
 
 
 def test_P3_a_folder_of_texts_is_read_and_empty_files_are_no_documents(tmp_path):
@@ -450,11 +515,19 @@ def test_a_resumed_run_from_scratch_keeps_its_tokenizer_and_ends_with_the_same_b
     )
     train(line)
     whole = (tmp_path / "run/final/model.safetensors").read_bytes()
-    import shutil
+    tokenizer = (tmp_path / "run/final/tokenizer.json").read_bytes()
 
     for name in ("final", "checkpoint-6"):
         shutil.rmtree(tmp_path / "run" / name)
     (tmp_path / "run" / "summary.json").unlink()
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": "Other words " * 40}, *make_texts(60)])
+    train(line)  # on other texts: another tokenizer would give the trained rows other meanings
+    assert (tmp_path / "run/final/tokenizer.json").read_bytes() == tokenizer
+    shutil.rmtree(tmp_path / "run" / "final")
+    for name in ("summary.json", "checkpoint-6"):
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_jsonl(tmp_path / "texts.jsonl", make_texts())
     train(line)
     assert (tmp_path / "run/final/model.safetensors").read_bytes() == whole
 
@@ -465,7 +538,7 @@ def test_a_resumed_run_from_scratch_keeps_its_tokenizer_and_ends_with_the_same_b
         ("--train_data nowhere.jsonl", "--train_data nowhere.jsonl does not exist"),
         ("--task cpt_mixed", "--task cpt_mixed needs --chat_data FILE"),
         ("--chat_data {data}", "--chat_data is for --task cpt_mixed"),
-        ("--chat_share 0.5", "--chat_share 0.5: a share above 0 and below 1, for --task cpt_mixed"),
+        ("--chat_share 0.5", "--chat_share 0.5: a share of 0.001 to 0.999"),
         ("--tuning full --load_in_4bit", "--tuning full trains the weights"),
         ("--tuning scratch --hidden_size 30 --num_heads 4", "is no multiple of 2 x --num_heads 4"),
         ("--tuning scratch --model_type nonsense", "--model_type nonsense"),
@@ -478,6 +551,9 @@ def test_a_resumed_run_from_scratch_keeps_its_tokenizer_and_ends_with_the_same_b
             "--evaluation off --load_best_model_at_end",
             "--load_best_model_at_end needs an evaluation",
         ),
+        ("--max_seq_length 999999", "--max_seq_length 999999 is more than the model's"),
+        ("--pipeline_parallel_size 0", "--pipeline_parallel_size is 0: give a number above 0"),
+        ("--tuning scratch --model_type gpt_neo", "--model_type gpt_neo"),
         ("--taks sft", "unknown argument --taks, did you mean --task"),
     ],
 )
@@ -502,6 +578,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 def test_P5_rouge_l_is_what_its_definition_says():
     assert rouge_l("the cat sat", "the cat sat") == 1.0
     assert rouge_l("", "the cat sat") == 0.0
+    assert rouge_l("猫が座った", "猫が座った") == rouge_l("Кот сидит", "кот сидит") == 1.0
+    assert rouge_l("кот", "пёс") == 0.0
     # the longest common subsequence has 2 words: precision 2/3, recall 2/4
     assert rouge_l("the dog sat", "the cat sat down") == pytest.approx(2 * (2 / 3) * 0.5 / (7 / 6))
 

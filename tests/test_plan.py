@@ -473,9 +473,34 @@ def test_P7_G3_G7_several_machines_are_launched_by_flags_alone(words_of, ask, re
     command = " ".join(words)
     assert "--num_processes 32 --num_machines 4 --machine_rank 2" in command
     assert "--main_process_ip 10.0.0.1 --main_process_port 29501" in command
-    zero = words_of(SFT + "strategy: zero2\nnodes: 2".replace("nodes", "num_machines"))
+    zero = words_of(SFT + "strategy: zero2\nnum_machines: 2\nbatch_size: 4")
     assert "--deepspeed_multinode_launcher standard" in " ".join(zero)
     assert "--machine_rank RANK" in " ".join(zero)  # --dry_run on no machine in particular
+
+
+def test_P4_where_the_script_cannot_measure_a_batch_the_estimate_gives_one(
+    ask, words_of, refusal_of
+):
+    text = SFT + "model: {name: Qwen/Qwen2.5-7B}\ntuning: {mode: full}\nglobal_batch: 128\n"
+    text = text.replace("global_batch:", "global_batch_size:") + "compute: {gpu_count: 4}\n"
+    words = words_of(text, here=gpus(4))
+    assert "configs/strategies/zero2.yaml" in words
+    batch, accumulation = (
+        int(words[words.index(f"--{name}") + 1])
+        for name in ("batch_size", "gradient_accumulation_steps")
+    )
+    assert batch * accumulation * 4 == 128
+    assert "as the estimate says fits" in ask("launch", text, "--dry_run", here=gpus(4))[1]
+    assert "give batch_size" in refusal_of(SFT + "strategy: zero2\nnum_processes: 2")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["batch_size: sixteen", "batch_size: 0", "max_seq_length: 2k", "num_machines: 0",
+     "target_tokens_per_device_step: 16k", "num_layers: 2.5", "num_processes: auto"],
+)  # fmt: skip
+def test_a_number_that_is_none_is_refused(text, refusal_of):
+    assert "give a whole number above 0" in refusal_of(SFT + text)
 
 
 def test_P7_machines_that_do_not_know_where_to_meet_are_refused(root, capsys):
