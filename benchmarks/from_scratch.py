@@ -98,26 +98,27 @@ def main() -> None:
         if record["question"] not in unseen
     ]
     base = folder / "base"
-    common = "--overwrite_output_dir --no_bf16 --gradient_accumulation_steps 1 --batch_size 8 "
-    common += "--num_epochs 3 --logging_steps 50 --save_strategy no"
+    common = "--overwrite_output_dir --no_bf16 --gradient_accumulation_steps 1 --logging_steps 50 "
+    common += "--save_strategy no"
     shape = "--vocab_size 4096 --hidden_size 192 --num_heads 6 --num_layers 4 --max_seq_length 512"
+    reading = "--batch_size 2 --num_epochs 8 --learning_rate 2e-3"
     minutes = {
         "pretraining": launch(
             options.processes, "train_language_model.py", "--task", "cpt", "--tuning", "scratch",
             "--train_data", str(write_lines(folder / "texts.jsonl", texts)),
-            "--output_dir", str(base), "--learning_rate", "2e-3",
-            *f"{common} {shape} {options.pretraining}".split(),
+            "--output_dir", str(base), *f"{common} {shape} {reading} {options.pretraining}".split(),
         )
     }  # fmt: skip
     results = {}
-    recorded = "--validation_answers recorded --val_samples 1000 --max_seq_length 1024"
+    recorded = "--validation_answers recorded --val_samples 1000 --max_seq_length 1024 "
+    recorded += "--batch_size 4 --num_epochs 3 --learning_rate 1e-3"
     for adapter in options.adapters:
         run = folder / adapter
         minutes[adapter] = launch(
             options.processes, "train_confidence_lora.py", "--model_name", str(base / "final"),
             "--train_data", str(write_lines(folder / "train.jsonl", train)),
             "--val_data", f"held_out={write_lines(folder / 'test.jsonl', test)}",
-            "--adapter", adapter, "--output_dir", str(run), "--learning_rate", "1e-3",
+            "--adapter", adapter, "--output_dir", str(run),
             *f"{common} {recorded} {options.tuning}".split(),
         )  # fmt: skip
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
