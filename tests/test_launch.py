@@ -147,7 +147,11 @@ def test_presets_whose_batch_is_fixed_recompute_the_activations_of_a_lora():
 def test_P12_make_test_eval_measures_coverage_of_files_that_are_there():
     """`make -n` says what it would run."""
     said = subprocess.run(
-        ["make", "-n", "test-eval"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", "test-eval"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     files = re.findall(r"tests/\w+\.py", said)
     assert "--cov=train_confidence_lora" in said

@@ -681,7 +681,7 @@ def test_a_failing_training_fails_the_launch(tmp_path):
 )
 def test_P1_a_make_target_runs_the_launcher(target, words):
     shown = subprocess.run(
-        ["make", "-n", target, "CONFIG=my.yaml", "DEEPSPEED_CONFIG=own.json"],
+        ["make", "--no-print-directory", "-n", target, "CONFIG=my.yaml", "DEEPSPEED_CONFIG=own.json"],
         capture_output=True, text=True, cwd=ROOT,
     ).stdout  # fmt: skip
     assert shown.rstrip().endswith(words)
@@ -689,7 +689,10 @@ def test_P1_a_make_target_runs_the_launcher(target, words):
 
 def test_P1_deepspeed_without_a_file_is_zero2():
     shown = subprocess.run(
-        ["make", "-n", "train-deepspeed"], capture_output=True, text=True, cwd=ROOT
+        ["make", "--no-print-directory", "-n", "train-deepspeed"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     ).stdout
     assert shown.rstrip().endswith("confidence_qwen7b.yaml --strategy zero2")
 
