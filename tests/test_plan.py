@@ -681,7 +681,8 @@ def test_a_failing_training_fails_the_launch(tmp_path):
 )
 def test_P1_a_make_target_runs_the_launcher(target, words):
     shown = subprocess.run(
-        ["make", "--no-print-directory", "-n", target, "CONFIG=my.yaml", "DEEPSPEED_CONFIG=own.json"],
+        ["make", "--no-print-directory", "-n", target, "CONFIG=my.yaml",
+         "DEEPSPEED_CONFIG=own.json"],
         capture_output=True, text=True, cwd=ROOT,
     ).stdout  # fmt: skip
     assert shown.rstrip().endswith(words)
