@@ -481,18 +481,24 @@ class Record(TypedDict, total=False):
 TAG_PATTERN = re.compile(r"<[CU]_[A-Z]+>")
 
 
-def parse_record(line: str) -> Record:
-    """One line of a data file as a Record.
-
-    Raises:
-        ValueError: with the reason, in words, why the line is not a record.
-    """
+def parse_object(line: str) -> dict[str, Any]:
+    """A line as a JSON object. ValueError, with the reason in words, if it is none."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(record, dict):
         raise ValueError(f"a record is a JSON object, this is a {type(record).__name__}")
+    return record
+
+
+def parse_record(line: str) -> Record:
+    """One line of a data file as a Record.
+
+    Raises:
+        ValueError: with the reason, in words, why the line is not a record.
+    """
+    record = parse_object(line)
     question, name = record.get("question"), record.get("dataset")
     if not isinstance(question, str) or not question.strip():
         raise ValueError('"question" is missing or empty')
@@ -2184,14 +2190,13 @@ def confidence_recipe(settings: Settings, tokenizer: PreTrainedTokenizerBase, dt
         )
         return model
 
-    bits = (None,) if settings.fp8 else (None, 4) if settings.backend == "unsloth" else (None, 8, 4)
     return Recipe(
         build,
         Collator(tokenizer.pad_token_id),
         partial(label_loss, ids=confidence_ids(tokenizer)),
         flops_per_token,
         recomputable=settings.adapter == "lora",
-        bits=bits,
+        bits=(None,) if settings.fp8 else (None, 8, 4),
     )
 
 
@@ -3005,7 +3010,9 @@ def initialize_fitting_model(
     asked_bits = 8 if settings.load_in_8bit else 4 if settings.load_in_4bit else None
     if not run.measure:
         return recipe.build(asked_bits)
-    ladder = [asked_bits] if asked_bits else recipe.bits
+    ladder = [asked_bits] if asked_bits else list(recipe.bits)
+    if settings.backend == "unsloth" and not asked_bits:
+        ladder = [bits for bits in ladder if bits != 8]  # see check_unsloth()
     share, asked = args.per_device_train_batch_size, args.gradient_checkpointing
     for bits in ladder:
         model, size = None, 0

@@ -18,7 +18,6 @@ tokenizer and model, loss, pipeline, evaluation, main.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -60,6 +59,7 @@ from train_confidence_lora import (
     open_run,
     parameter_count,
     parse_command_line,
+    parse_object,
     pipeline_parallel_size,
     plan_batches,
     read_records,
@@ -280,16 +280,6 @@ def parse_text(line: str) -> dict[str, Any]:
         raise ValueError('"text" is missing or empty')
     text.encode()  # half a surrogate pair cannot be; that is a ValueError too
     return {"text": text, "dataset": TEXTS}
-
-
-def parse_object(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a record is a JSON object, this is a {type(row).__name__}")
-    return row
 
 
 TEXT_FILES = (".txt", ".md", ".jsonl", ".jsonl.gz")
@@ -701,15 +691,12 @@ def language_recipe(
             lora_dropout=settings.lora_dropout,
         )
 
-    bits = (None, 4) if settings.backend == "unsloth" else (None, 8, 4)
-    if settings.tuning != "lora":
-        bits = (None,)
     return Recipe(
         build,
         make_collator(settings, tokenizer),
         language_loss if stages == 1 else pipeline_loss,
         flops_per_token if frozen else full_flops_per_token,
-        bits=bits,
+        bits=(None, 8, 4) if settings.tuning == "lora" else (None,),
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -84,6 +85,12 @@ def tagged_records(count, seed=0):
         record["tagged_response"] = f"{answer_text(record)} <{'U' if wrong else 'C'}_{domain}>"
         records.append(record)
     return records
+
+
+def make_would_run(*words):
+    """The commands of a target of the Makefile, which are not run."""
+    command = ["make", "--no-print-directory", "-n", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def write_jsonl(path, records):

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, make_would_run
 
 from train_confidence_lora import parse_command_line, split_update
 
@@ -145,14 +145,7 @@ def test_presets_whose_batch_is_fixed_recompute_the_activations_of_a_lora():
 
 
 def test_P12_make_test_eval_measures_coverage_of_files_that_are_there():
-    """`make -n` says what it would run."""
-    said = subprocess.run(
-        ["make", "--no-print-directory", "-n", "test-eval"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    said = make_would_run("test-eval")
     files = re.findall(r"tests/\w+\.py", said)
     assert "--cov=train_confidence_lora" in said
     assert len(files) > 5

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import yaml
-from conftest import DEMO_DATA, DEMO_MODEL, ROOT
+from conftest import DEMO_DATA, DEMO_MODEL, ROOT, make_would_run
 
 import plan_training as plan
 import train_confidence_lora as confidence
@@ -19,7 +19,6 @@ import train_language_model as language
 
 RUNS = sorted((ROOT / "configs" / "runs").iterdir())
 NO_GPU = plan.Hardware([], cores=4)
-STRATEGY_FILES = ROOT / "configs" / "strategies"
 
 
 def gpus(count, kind="H100"):
@@ -642,7 +641,6 @@ def test_P1_Y5_a_launch_trains_and_its_tensorboard_ends_with_it(tmp_path):
     assert str(tmp_path / "out") not in boards
 
 
-@pytest.mark.skipif(not STRATEGY_FILES.is_dir(), reason="configs/strategies/ is not here yet")
 def test_P1_the_same_file_launches_several_processes(tmp_path):
     summary = launch_for_real(tmp_path, "--num_processes", "2")
     assert (summary["steps"], summary["num_processes"]) == (3, 2)
@@ -680,21 +678,12 @@ def test_a_failing_training_fails_the_launch(tmp_path):
     ],
 )
 def test_P1_a_make_target_runs_the_launcher(target, words):
-    shown = subprocess.run(
-        ["make", "--no-print-directory", "-n", target, "CONFIG=my.yaml",
-         "DEEPSPEED_CONFIG=own.json"],
-        capture_output=True, text=True, cwd=ROOT,
-    ).stdout  # fmt: skip
+    shown = make_would_run(target, "CONFIG=my.yaml", "DEEPSPEED_CONFIG=own.json")
     assert shown.rstrip().endswith(words)
 
 
 def test_P1_deepspeed_without_a_file_is_zero2():
-    shown = subprocess.run(
-        ["make", "--no-print-directory", "-n", "train-deepspeed"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    ).stdout
+    shown = make_would_run("train-deepspeed")
     assert shown.rstrip().endswith("confidence_qwen7b.yaml --strategy zero2")
 
 

@@ -37,7 +37,7 @@ TUNINGS.remove(("two_machines", "lora"))
 
 def needs(strategy):
     if strategy.startswith(("zero", "json")) and not DEEPSPEED:
-        pytest.skip("needs deepspeed, which requirements-gpu.txt installs")
+        pytest.skip("needs deepspeed, which `make test` installs")
 
 
 def each(*strategies):
