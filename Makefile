@@ -8,7 +8,7 @@ DEEPSPEED := $(if $(DEEPSPEED_CONFIG),--deepspeed_config $(DEEPSPEED_CONFIG),--s
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo demo-data test test-eval benchmark benchmark-gpu lint clean \
+.PHONY: help setup setup-gpu demo demo-data test test-eval test-chaos benchmark benchmark-gpu lint clean \
 	setup-accelerate gpu-info memory-check plan train train-distributed train-distributed-tb \
 	train-deepspeed train-deepspeed-tb
 
@@ -49,6 +49,9 @@ test-eval: setup  ## those of evaluation, callbacks, configuration and failures,
 	$(RUN) -m pytest -q -n 2 --cov=train_confidence_lora --cov=train_language_model \
 		--cov=plan_training tests/test_metrics.py tests/test_scoring.py tests/test_validation.py \
 		tests/test_language_model.py tests/test_settings.py tests/test_records.py tests/test_plan.py
+
+test-chaos: $(VENV)/.deepspeed  ## kills, full disks, lost ranks, fuzzing: long, against real processes
+	$(RUN) -m pytest -q -m chaos --timeout 3600 tests/chaos
 
 benchmark: setup  ## speed beside other ways to train and validate (two CPU cores, 9 minutes)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-benchmark.txt
