@@ -121,7 +121,7 @@ COUNTS = MAY_BE_AUTO | set(
     "vocab_size hidden_size num_heads num_layers".split()
 )
 PATHS = set("model_name tokenizer_name train_data chat_data val_data output_dir".split())
-UNUSED = {"versions": "it tells of the run that wrote the file"}  # the only keys that do nothing
+UNUSED = {"versions", "resolved"}  # what settings.yaml tells of its run; they do nothing here
 CONFIDENCE_KEYS = {"adapter", "validation_answers", "calib_beta", "calib_p_norm", "fp8"}
 SHAPE_KEYS = {"vocab_size", "hidden_size", "num_heads", "num_layers"}
 

@@ -12,8 +12,13 @@ Every training record is a question, the model's own answer, and a confidence ta
 that answer was right. The sequence is `prompt · answer · <CONFIDENCE> · tag`, the loss is on the
 tag, and after training P(C) / (P(C) + P(U)) at the tag is the probability that the answer is right.
 
+A run that was killed, told to stop (SIGTERM, Ctrl-C) or cut off goes on when the same command is
+given again. Exit codes: 0 done; 2 something to mend in the command or its files; 1 the run ended
+early and says why; 130, 143 stopped by SIGINT, SIGTERM, with a checkpoint saved.
+
 The file reads in the order data flows: constants, settings, records, prompts, encoding, answer
-judging, metrics, model, generation and scoring, trainer, ValidationCallback, main.
+judging, metrics, saving, processes and signals, model, generation and scoring, trainer,
+ValidationCallback, main.
 Method: Self-REF, Chuang et al., https://arxiv.org/abs/2410.13284
 """
 
@@ -33,8 +38,11 @@ import os
 import random
 import re
 import shutil
+import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections import Counter
@@ -130,15 +138,37 @@ ECE_BINS = 15  # equal-width bins of the expected calibration error
 LOWER_IS_BETTER = tuple("calibration_error ece brier nll rate runtime loss perplexity".split())
 
 
+GOES_ON = "the same command goes on from the last checkpoint"
+
+
 class InputError(Exception):
     """Something the user can mend. The message says what, where and how; the exit code is 2."""
 
 
+class RunError(Exception):
+    """What ends a run early, in one message: what, where, and what to do. The exit code is 1."""
+
+    def __init__(self, message: str, on_all: bool = True) -> None:
+        """on_all: whether every process raises it, so that the main one alone has to say it."""
+        super().__init__(message)
+        self.on_all = on_all
+
+
+class Stopped(BaseException):
+    """A signal ends the run: like KeyboardInterrupt no Exception, which libraries would catch."""
+
+    def __init__(self, saved: Path | None = None, agreed: bool = False) -> None:
+        """saved: the last checkpoint; agreed: whether all processes end by it."""
+        super().__init__(f"{saved} is saved; {GOES_ON}" if saved else GOES_ON)
+        self.agreed = agreed
+
+
 def say(text: str) -> None:
-    """Prints on the main process alone."""
+    """Prints on the main process alone. A full disk under a log does not end a run."""
     if int(os.environ.get("RANK", "0")) == 0:
-        tqdm.write(text)  # above a progress bar, if there is one
-        sys.stdout.flush()
+        with suppress(OSError):
+            tqdm.write(text)  # above a progress bar, if there is one
+            sys.stdout.flush()
 
 
 def listing(lines: list[str]) -> str:
@@ -203,7 +233,12 @@ class RunSettings:
         False, "record updates 3 to 5 in detail into logs/, for TensorBoard or ui.perfetto.dev"
     )
     skip_bad_records: bool = setting(False, "leave bad lines out and say how many")
-    overwrite_output_dir: bool = setting(False, "delete the run that --output_dir holds")
+    no_resume: bool = setting(
+        False, "refuse to go on from a checkpoint: begin anew, in an empty --output_dir"
+    )
+    overwrite_output_dir: bool = setting(
+        False, "delete the run that --output_dir holds, and begin anew"
+    )
     hf_repo: str | None = setting(None, "push final/ to this repository of the Hugging Face Hub")
 
 
@@ -318,13 +353,14 @@ import psutil
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from huggingface_hub import create_repo, upload_folder
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora.variants import ALoraLinearVariant
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from safetensors import SafetensorError
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
@@ -346,7 +382,7 @@ from transformers import (
 from transformers.activations import SiLUActivation
 from transformers.distributed import DistributedConfig
 from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import is_liger_kernel_available
 
@@ -787,11 +823,16 @@ def report_skipped(reasons: list[str], count: int, what: str) -> None:
         say(f"warning: skipped {len(reasons)} of {count} of {what}\n{listing(reasons)}")
 
 
+def source(record: dict[str, Any]) -> str:
+    """Where a record came from: file:line."""
+    return f"{record.get('file', 'line')}:{record.get('line')}"
+
+
 def encode_records(
     tokenizer: PreTrainedTokenizerBase, records: list[Record], adapter: str, max_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """The encoding of each record, shortened to `max_tokens`, with its number of tokens as `length`
-    and, if it cannot be shortened so far, the reason as `skipped`."""
+    """The encoding of each record, shortened to `max_tokens`, with its number of tokens as
+    `length`, its `source` and, if it cannot be shortened so far, the reason as `skipped`."""
 
     def encode(part: list[Record]) -> list[dict[str, list[int]]]:
         segments = [confidence_segments(tokenizer, record, adapter) for record in part]
@@ -806,7 +847,12 @@ def encode_records(
                     [encoding] = encode([fit_record(tokenizer, record, max_tokens - 2)])
                 except ValueError as error:
                     skipped = f"line {record.get('line')}: {error}"
-            yield {**encoding, "length": len(encoding["input_ids"]), "skipped": skipped}
+            yield {
+                **encoding,
+                "length": len(encoding["input_ids"]),
+                "source": source(record),
+                "skipped": skipped,
+            }
 
 
 def encode_dataset(
@@ -827,7 +873,7 @@ def cache_encodings(
     *files: str,
 ) -> datasets.Dataset:
     """What encode(tokenizer, records, **options) yields, without what it marks as `skipped`, as a
-    dataset of `input_ids`, `labels` and `length` on disk.
+    dataset of `input_ids`, `labels`, `length` and `source` on disk.
 
     One process of a machine encodes; the others, and later runs on the same content, read what it
     wrote to the datasets library's cache. What decides the encodings is the key: records,
@@ -882,7 +928,8 @@ class Collator:
     def __call__(self, encodings: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         ids, mask = pad([row["input_ids"] for row in encodings], self.pad_token_id)
         labels, _ = pad([row["labels"] for row in encodings], -100)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return {**batch, "source": [row["source"] for row in encodings]}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1295,6 +1342,266 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
+# Saving: what is written is whole or not there, and what has been damaged since can be told
+
+MANIFEST = "SHA256SUMS"  # of a checkpoint; `sha256sum --check SHA256SUMS` in its folder checks too
+SAVING_ERRORS = (OSError, RuntimeError, SafetensorError)  # of the system, torch.save, safetensors
+
+
+def sync(path: Path) -> None:
+    """Has the disk itself hold a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file's content at once: a reader or a crash finds the old text or the new one."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    sync(new)
+    new.replace(path)
+
+
+def staging(folder: Path) -> Path:
+    """Where the content of a folder is prepared; its name begins with a dot."""
+    return folder.with_name(f".{folder.name}.new")
+
+
+def replace_folder(folder: Path) -> None:
+    """Puts what was prepared in its staging folder in the place of `folder`, at once."""
+    new, old = staging(folder), folder.with_name(f".{folder.name}.old")
+    for path in [*new.rglob("*"), new]:
+        sync(path)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder; what is left of it after a crash does not have its name."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_of(folder: Path) -> list[str]:
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return sorted(str(path.relative_to(folder)) for path in paths)
+
+
+def seal(folder: Path) -> None:
+    """Writes the checksums of a folder's files. All processes take part, and share the reading."""
+    seen = gather_object([files_of(folder)])  # a disk of its own may show a process other files
+    lines, problem = [], None
+    for i, name in enumerate(sorted(set().union(*seen))):
+        holders = [rank for rank, names in enumerate(seen) if name in names]
+        if holders[i % len(holders)] == PartialState().process_index:
+            try:
+                lines.append((name, sha256(folder / name)))
+            except OSError as error:
+                problem = error
+    sums = sorted(gather_object(lines))
+    if problem:
+        raise problem
+    if PartialState().is_main_process:
+        text = "".join(f"{digest}  {name}\n" for name, digest in sums)
+        (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it is what was saved, to the byte."""
+    try:
+        claimed = (checkpoint / MANIFEST).read_bytes()
+        sums = {name: sha256(checkpoint / name) for name in files_of(checkpoint)}
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
+    found = "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()
+    if found == claimed:
+        return None
+    lines = set(found.splitlines()) ^ set(claimed.splitlines())
+    names = sorted({line.partition(b"  ")[2].decode(errors="replace") for line in lines})
+    return f"{' and '.join(names[:3]) or MANIFEST} is not what was saved"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def no_room(folder: Path, error: Exception) -> str:
+    """Why something could not be written to a folder: torch names neither disk nor reason."""
+    with suppress(OSError):
+        disk = shutil.disk_usage(folder)
+        if disk.free < max(1 << 20, disk.total // 200):
+            megabytes = f"{disk.free / 1e6:,.1f} of {disk.total / 1e6:,.1f} MB free"
+            return f"the disk of {folder} is full ({megabytes})"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def errors_of_torch_save(errors: list[Exception]) -> Iterator[None]:
+    """Within it torch.save collects its errors instead of raising them: DeepSpeed and FSDP go on to
+    collectives that the other processes would wait in for ever."""
+    save = torch.save
+
+    def collecting(*args: Any, **kwargs: Any) -> None:
+        try:
+            save(*args, **kwargs)
+        except SAVING_ERRORS as error:
+            errors.append(error)
+
+    torch.save = collecting
+    try:
+        yield
+    finally:
+        torch.save = save
+
+
+# ------------------------------------------------------------------------------------------------
+# Processes and signals
+
+
+class Interruption:
+    """SIGTERM, SIGINT or SIGHUP: the step in progress is finished and saved, then the run ends with
+    128 + the signal's number. A second one ends it at once."""
+
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    same = 2.0  # seconds: a terminal signals all processes, and launchers hand on what they got
+
+    def __init__(self) -> None:
+        self.signal = 0  # the first one received; 0: none
+        self.training = False  # whether there is a step in progress to wait for
+        self.when = 0.0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        self.signal, earlier = 0, {}
+        if threading.current_thread() is threading.main_thread():  # Python allows it no other
+            ignored = [
+                number for number in self.handled if signal.getsignal(number) == signal.SIG_IGN
+            ]
+            for number in set(self.handled) - set(ignored):  # nohup ignores SIGHUP
+                earlier[number] = signal.signal(number, self.receive)
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+    def receive(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self.signal and now - self.when < self.same:
+            return
+        if self.signal:
+            end_process(128 + number)
+        self.signal, self.when = number, now
+        if not self.training:
+            raise Stopped
+
+    def agreed(self) -> int:
+        """The signal that any process has received, 0 if none. All processes must ask."""
+        return max(gather_object([self.signal]))
+
+
+interruption = Interruption()
+
+
+def report(script: str, message: str) -> None:
+    with suppress(OSError):
+        print(f"{script}: error: {message}", file=sys.stderr, flush=True)
+
+
+def end_process(code: int) -> None:
+    """Ends this process here and now, without taking apart what other processes may hang in."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def machine() -> str:
+    """Tells apart where process ids mean different processes."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {os.readlink(namespace) if namespace.exists() else ''}"
+
+
+class Watch(threading.Thread):
+    """Ends this process when another one of the run has died, which a collective may never notice.
+
+    Each process looks after those on its machine, and tells the other machines through the store
+    that torch.distributed meets at. Of the survivors on a machine one says what happened.
+    """
+
+    interval, grace = 1.0, 2.0  # seconds; within the grace the process may be ending by itself
+    current: ClassVar[Watch | None] = None
+
+    def __init__(self, script: str) -> None:
+        super().__init__(daemon=True, name="watch")
+        self.script = script
+        state = PartialState()
+        self.rank = state.process_index
+        here = (machine(), os.getpid(), psutil.Process().create_time())
+        self.processes = gather_object([here])
+        self.mine = [i for i, (where, *_) in enumerate(self.processes) if where == here[0]]
+        store = torch.distributed.distributed_c10d._get_default_store()
+        self.store = torch.distributed.PrefixStore("watch", store)
+        self.verdict: str | None = None  # what has happened, once something has
+        self.ended = threading.Event()
+
+    def gone(self, rank: int) -> bool:
+        _, pid, created = self.processes[rank]
+        try:
+            process = psutil.Process(pid)
+            return process.create_time() != created or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    def look(self) -> None:
+        if self.store.check(["died"]):
+            rank = int(self.store.get("died"))
+            where = "" if rank in self.mine else f" on {self.processes[rank][0].split()[0]}"
+            self.verdict = f"process {rank}{where} has ended"
+        for rank in self.mine:
+            if self.gone(rank) and not self.store.check([f"left {rank}"]):
+                self.store.set("died", str(rank))
+                self.verdict = f"process {rank} (pid {self.processes[rank][1]}) has ended"
+
+    def run(self) -> None:
+        unreachable = 0
+        while not self.ended.wait(self.interval):
+            try:
+                self.look()
+                unreachable = 0
+            except RuntimeError:  # the store's process has ended, or the network is down
+                unreachable += 1
+                if unreachable == 5:
+                    self.verdict = "the machine where the processes met does not answer"
+            if self.verdict and not self.ended.wait(self.grace):
+                if self.rank == min(rank for rank in self.mine if not self.gone(rank)):
+                    report(self.script, f"{self.verdict}, and the others end with it; {GOES_ON}")
+                end_process(1)
+
+    def leave(self) -> None:
+        """Tells the other processes that this one ends as it should."""
+        self.ended.set()
+        with suppress(RuntimeError):
+            self.store.set(f"left {self.rank}", "")
+
+
+# ------------------------------------------------------------------------------------------------
 # Model and tokenizer
 
 
@@ -1362,6 +1669,7 @@ def load_base_model(
                 use_exact_model_name=True,  # not a copy of unsloth's own
                 offload_embedding=False,
                 trust_remote_code=trust_remote_code,
+                use_safetensors=True,
             )
         else:
             place: dict[str, Any] = {"device_map": {"": device}}
@@ -1375,6 +1683,7 @@ def load_base_model(
                 attn_implementation=attn_implementation,
                 quantization_config=quantization,
                 trust_remote_code=trust_remote_code,
+                use_safetensors=True,  # a pickle runs what it holds
                 **place,
             )
     except (OSError, ImportError, ValueError) as error:
@@ -1739,12 +2048,6 @@ def is_activated(model: PeftModel) -> bool:
     return bool(model.peft_config[model.active_adapter].alora_invocation_tokens)
 
 
-def replace_folder(folder: Path, new: Path) -> None:
-    """Puts the folder `new` in the place of `folder`."""
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
-
-
 def save_adapter(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -1757,7 +2060,7 @@ def save_adapter(
     vocabulary has grown. The folder changes its content at once or not at all.
     """
     folder = Path(folder)
-    new = folder.with_name(folder.name + ".new")
+    new = staging(folder)
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new, save_embedding_layers=False)
     tokenizer.save_pretrained(new)
@@ -1782,7 +2085,7 @@ Load it with this folder's tokenizer. If that is longer than the base model's em
 
 {table}"""
     (new / "README.md").write_text(card, encoding="utf-8")
-    replace_folder(folder, new)
+    replace_folder(folder)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2223,7 +2526,7 @@ def largest_batch(
 
     def peak(count: int) -> float:
         batch = recipe.collator([encodings[i] for i in longest[:count]])
-        batch = {name: part.to(model.device) for name, part in batch.items()}
+        batch = send_to_device(batch, model.device)
         peak_memory(reset=True)
         try:
             with torch.random.fork_rng(devices), autocast:
@@ -2249,12 +2552,19 @@ def largest_batch(
     return 1
 
 
-class LabelTrainer(Trainer):
-    """Trainer whose loss, and whose logits, are only where a label is, and which validates through
-    its callbacks instead of a loss on a second dataset."""
+PROGRESS = "processes.pt"  # of a checkpoint: the random generators and counts of each process
+MOST_FAILED_SAVES = 3  # in a row, before a run ends
 
-    def __init__(self, recipe: Recipe, **kwargs: Any) -> None:
-        super().__init__(data_collator=recipe.collator, **kwargs)
+
+class LabelTrainer(Trainer):
+    """Trainer whose loss, and whose logits, are only where a label is, which validates through its
+    callbacks instead of a loss on a second dataset, and whose checkpoints are whole."""
+
+    def __init__(
+        self, recipe: Recipe, callbacks: list[TrainerCallback] | None = None, **kwargs: Any
+    ) -> None:
+        callbacks = [SafetyCallback(self), *(callbacks or [])]
+        super().__init__(data_collator=recipe.collator, callbacks=callbacks, **kwargs)
         self.batch_loss = recipe.batch_loss
         recompute = self.args.gradient_checkpointing
         self.flops_per_token = recipe.flops_per_token(self.model, recompute)
@@ -2263,6 +2573,16 @@ class LabelTrainer(Trainer):
         # What this process has trained on: real tokens, labels, their summed cross-entropy
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         self.timed = (time.perf_counter(), 0.0)  # when, and of how many tokens, log() last told
+        self.seconds, self.started = 0.0, 0.0  # of training: in earlier parts, and when this began
+        self.update: list[tuple[torch.Tensor, dict]] = []  # losses and batches of an update
+        self.grad_norm: torch.Tensor | float | None = None
+        self.resumed: str | None = None  # the checkpoint that training went on from
+        self.first_step = 0  # that checkpoint's
+        self.last_saved: Path | None = None
+        self.stopping = 0  # the signal that all processes have agreed to end by
+        self.evaluation_pending = False  # due at this step, and left to whoever goes on
+        self.failed_saves = 0  # in a row
+        self.saved_best = (None, None, None)  # best metric, step and checkpoint, all saved
 
     def compute_loss(
         self,
@@ -2275,10 +2595,78 @@ class LabelTrainer(Trainer):
         loss, count = self.batch_loss(model, inputs)
         tokens = inputs["attention_mask"].sum()
         self.totals += torch.stack([tokens, tokens.new_tensor(count), loss.detach()])
+        self.update.append((loss.detach(), inputs))
         if num_items_in_batch is None:
             return loss / count
         # Gradients are averaged over the replicas; this makes it a sum over them
         return loss / num_items_in_batch * replicas()
+
+    def training_step(self, model: torch.nn.Module, inputs: dict, *rest: Any) -> torch.Tensor:
+        try:
+            return super().training_step(model, inputs, *rest)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if type(error) is RuntimeError and "t allocate memory" not in str(error):  # a CPU's
+                raise
+            rows, length = inputs["input_ids"].shape
+            args = self.args
+            smaller = (
+                f"--batch_size {rows // 2} --gradient_accumulation_steps "
+                f"{2 * args.gradient_accumulation_steps} makes the same update of smaller batches, "
+                if rows > 1
+                else ""
+            )
+            raise RunError(
+                f"out of memory at step {self.state.global_step + 1} with {rows} records of "
+                f"{length} tokens: {smaller}--gradient_checkpointing takes less memory as well, "
+                "and with either the run goes on from its last checkpoint",
+                on_all=False,
+            ) from error
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        self.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.grad_norm
+
+    def agree_on_update(self) -> None:
+        """Before the weights change: whether any process was told to stop, and whether the loss is
+        a number everywhere.
+
+        Raises:
+            RunError: naming the records, if it is not.
+        """
+        finite = torch.isfinite(torch.stack([loss for loss, _ in self.update]).float()).all()
+        if self.grad_norm is not None and not self.args.fp16:  # whose scaler skips such steps
+            finite &= torch.isfinite(torch.as_tensor(self.grad_norm, device=finite.device))
+        flags = torch.stack([finite.new_tensor(interruption.signal, dtype=torch.int64), ~finite])
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        self.stopping, failed = flags.tolist()
+        if failed:
+            sources = sorted(
+                {name for names in gather_object([self._offenders()]) for name in names}
+            )
+            raise RunError(
+                "the loss or its gradient is not a finite number at step "
+                f"{self.state.global_step + 1} of {self.state.max_steps}: look at these records, "
+                f"or lower --learning_rate {self.args.learning_rate:g}; the last checkpoint is "
+                f"kept\n{listing(sources)}"
+            )
+        self.update.clear()
+
+    def _offenders(self) -> list[str]:
+        """The sources of the records without a finite loss of their own; if there are none, of the
+        batches without one; if no process has any, of the whole update."""
+        bad = [batch for loss, batch in self.update if not torch.isfinite(loss)]
+        if not any(gather_object([len(bad)])):  # the gradient alone
+            bad = [batch for _, batch in self.update]
+        found = []
+        for batch in bad:
+            alone = not sharding() and len(batch["input_ids"]) == len(batch["source"])
+            for i in range(len(batch["source"]) if alone else 0):
+                one = {name: part[i : i + 1] for name, part in batch.items()}
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    loss, _ = self.batch_loss(self.model, one)
+                found += [] if torch.isfinite(loss) else one["source"]
+        return found or [name for batch in bad for name in batch["source"]]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         lengths = (train_dataset or self.train_dataset)["length"]
@@ -2288,9 +2676,18 @@ class LabelTrainer(Trainer):
         """Runs the callbacks' on_evaluate; what they add to the metrics is logged and returned."""
         start = time.perf_counter()
         metrics: dict[str, float] = {}
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        try:
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
+        except Stopped:
+            if self.state.global_step > self.first_step:  # else the checkpoint is there, or none
+                self.evaluation_pending = True
+                self._save_checkpoint(self.model)
+            raise
+        if self.evaluation_pending:  # what was due where an earlier part of the run was stopped
+            self.evaluation_pending = False
+            self._determine_best_metric(metrics, None)
         if uses_unsloth(self.model):
             # To generate it turned checkpointing off, and keeps copies of the LoRA weights that the
             # next validation would answer by; nothing but this drops them
@@ -2318,6 +2715,156 @@ class LabelTrainer(Trainer):
                 logs |= {f"peak_memory_gb_process_{i}": value for i, value in enumerate(peaks)}
         super().log(logs, start_time)
 
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Trains, on from a checkpoint if there is one.
+
+        Raises:
+            Stopped: after a signal, all that a resumed run needs being saved.
+        """
+        self.resumed, self.started = resume_from_checkpoint, time.perf_counter()
+        self.last_saved = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        interruption.training = True
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            interruption.training = False
+        self.seconds += time.perf_counter() - self.started
+        if self.stopping or interruption.agreed():
+            raise Stopped
+        return result
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed from the very last step
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _progress(self) -> dict[str, Any]:
+        """What this process alone knows of how far it has come."""
+        name, keys, *rest = np.random.get_state()
+        return {
+            "python": random.getstate(),
+            "numpy": (name, keys.tolist(), *rest),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "totals": self.totals.tolist(),
+            "logged": (self._tr_loss.item(), self._total_loss_scalar, self._globalstep_last_logged),
+            "seconds": self.seconds + time.perf_counter() - self.started,
+            "evaluation_pending": self.evaluation_pending,
+        }
+
+    def _read_progress(self) -> list[dict[str, Any]]:
+        """_progress() of all processes that saved the checkpoint, which may have been others."""
+        return torch.load(Path(self.resumed, PROGRESS), weights_only=True)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        states = self._read_progress()
+        state = states[self.args.process_index % len(states)]
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"])
+
+    def take_up_progress(self) -> None:
+        """Goes on counting where the checkpoint stopped."""
+        self.first_step = self.state.global_step
+        if not self.resumed:
+            return
+        states, count, rank = self._read_progress(), self.args.world_size, self.args.process_index
+        same = len(states) == count
+        mine = states[rank : rank + 1] if same else states[rank::count]
+        self.totals += sum(self.totals.new_tensor(state["totals"]) for state in mine)
+        logged = [state["logged"] for state in (mine if same else states)]
+        loss, self._total_loss_scalar, self._globalstep_last_logged = np.mean(logged, 0).tolist()
+        self._tr_loss += loss
+        self.timed = (time.perf_counter(), self.totals[0].item())
+        self.seconds += states[0]["seconds"]
+        self.evaluation_pending = self.args.eval_on_start = states[0]["evaluation_pending"]
+        self.saved_best = self._best()
+
+    def _best(self) -> tuple[float | None, int | None, str | None]:
+        state = self.state
+        return state.best_metric, state.best_global_step, state.best_model_checkpoint
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any = None) -> None:
+        """Saves a checkpoint that is whole or not there. If it cannot be, all processes know, and
+        training goes on.
+
+        Raises:
+            RunError: when it is the third time in a row.
+        """
+        self.store_flos()
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if best := self.state.best_global_step:
+            place = folder.with_name(f"checkpoint-{best}")
+            if place == folder or place.is_dir():
+                self.state.best_model_checkpoint = str(place)
+        progress = gather_object([self._progress()])
+        problems: list[str] = []
+        new = staging(folder)
+        for part in (
+            lambda: self._write_model(new),
+            lambda: self._write_state(new, progress),
+            lambda: seal(new),
+            lambda: self._put_in_place(folder),
+        ):
+            problem = None
+            try:
+                part()
+            except SAVING_ERRORS as error:
+                problem = no_room(folder.parent, error)
+            problems = [problem for problem in gather_object([problem]) if problem]
+            if problems:
+                break
+        if not problems:
+            self.failed_saves, self.saved_best, self.last_saved = 0, self._best(), folder
+            return
+        if self.args.should_save:
+            shutil.rmtree(new, ignore_errors=True)
+        # What is not saved cannot be the best that comes back at the end
+        state, self.failed_saves = self.state, self.failed_saves + 1
+        state.best_metric, state.best_global_step, state.best_model_checkpoint = self.saved_best
+        kept = f"the last one is {self.last_saved}" if self.last_saved else "there is none yet"
+        told = f"{folder} cannot be saved: {problems[0]}; {kept}"
+        if self.failed_saves == MOST_FAILED_SAVES:
+            raise RunError(f"{told}; that was {MOST_FAILED_SAVES} in a row, and the run ends")
+        say(f"warning: {told}; training goes on")
+
+    def _write_model(self, new: Path) -> None:
+        if self.args.should_save:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+        self.save_model(str(new), _internal_call=True)
+
+    def _write_state(self, new: Path, progress: list[dict[str, Any]]) -> None:
+        errors: list[Exception] = []
+        with errors_of_torch_save(errors):
+            self._save_optimizer_and_scheduler(str(new))
+            self._save_scaler(str(new))
+            if self.args.should_save:
+                torch.save(progress, new / PROGRESS)
+        if errors:
+            raise errors[0]
+        if self.args.should_save:
+            for part in (*self.callback_handler.callbacks, self.control):
+                if isinstance(part, ExportableState):
+                    self.state.stateful_callbacks[type(part).__name__] = part.state()
+            self.state.save_to_json(str(new / "trainer_state.json"))
+
+    def _put_in_place(self, folder: Path) -> None:
+        """Gives a written checkpoint its name, and deletes the oldest ones that are too many."""
+        if not self.args.should_save:
+            return
+        replace_folder(folder)
+        known = checkpoints(folder.parent)
+        known = known[: known.index(folder) + 1]  # later ones are damaged, and will be replaced
+        needed = {str(folder), self.state.best_model_checkpoint}
+        spare = [path for path in known if str(path) not in needed]
+        too_many = len(known) - (self.args.save_total_limit or len(known))
+        for path in spare[: max(0, too_many)]:
+            remove_folder(path)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if sharding() != "tp":
             super().save_model(output_dir, _internal_call)
@@ -2337,6 +2884,31 @@ class LabelTrainer(Trainer):
 def global_batch_size(args: TrainingArguments) -> int:
     """Records in one update: at a time, times accumulation, times replicas."""
     return args.train_batch_size * args.gradient_accumulation_steps * replicas()
+
+
+class SafetyCallback(TrainerCallback):
+    """Has every update checked before it is made, and ends a run that was told to stop: its last
+    step is saved, and what was due to be validated there is left to the run that goes on."""
+
+    def __init__(self, trainer: LabelTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.take_up_progress()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.agree_on_update()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.stopping:
+            epoch_ends = args.eval_strategy == "epoch" and math.isclose(state.epoch % 1, 0)
+            self.trainer.evaluation_pending = control.should_evaluate or epoch_ends
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.trainer.stopping:
+            control.should_evaluate = control.should_save = False
 
 
 class ConsoleCallback(TrainerCallback):
@@ -2431,6 +3003,8 @@ class EvaluationCallback(TrainerCallback):
         if path.is_file():
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             self.history = [line for line in lines if line["step"] <= state.global_step]
+            if args.eval_on_start:  # to be done again
+                self.history = [line for line in self.history if line["step"] < state.global_step]
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         self.last_step = state.global_step
@@ -2451,11 +3025,17 @@ class EvaluationCallback(TrainerCallback):
         if not state.is_world_process_zero or not figures:
             return
         say(f"\nvalidation at step {state.global_step}\n{self._table(figures)}\n")
-        kept = self._keep(model, state.global_step, figures, scores, means)
-        line = {"step": state.global_step, "epoch": state.epoch or 0.0, **kept, "datasets": figures}
-        self.history.append(line)
-        lines = [json.dumps(line) + "\n" for line in self.history]
-        (self.output_dir / "validation.jsonl").write_text("".join(lines), encoding="utf-8")
+        line = {"step": state.global_step, "epoch": state.epoch or 0.0}
+        try:
+            line |= self._keep(model, state.global_step, figures, scores, means)
+        except SAVING_ERRORS as error:
+            say(f"warning: {no_room(self.output_dir, error)}; this validation keeps no model")
+        self.history.append({**line, "datasets": figures})
+        try:
+            lines = [json.dumps(line) + "\n" for line in self.history]
+            write_text(self.output_dir / "validation.jsonl", "".join(lines))
+        except OSError as error:
+            say(f"warning: {no_room(self.output_dir, error)}; validation.jsonl is written later")
 
     def last_and_first(self) -> tuple[dict | None, dict | None]:
         """The figures of the last evaluation, and those before training."""
@@ -2525,6 +3105,8 @@ class ValidationCallback(EvaluationCallback):
         batches = plan_batches(lengths, max(1, min(self.batch_size, share)), most)
         mine = []
         for batch in batches[state.process_index :: state.num_processes]:
+            if interruption.signal:
+                break
             chosen = [records[i] for i in batch]
             results = self._score(model, chosen)
             for i, record, (confidence, emitted, response) in zip(
@@ -2534,10 +3116,18 @@ class ValidationCallback(EvaluationCallback):
                 judged = judge_answer(record["dataset"], response, truth, record.get("options"))
                 correct = bool(judged.correct) if self.max_new_tokens else record["confident"]
                 mine.append(Score(i, confidence, emitted, correct, judged.extracted, response))
+        if interruption.agreed():
+            raise Stopped
         scores = sorted(gather_object(mine))
         if [score.index for score in scores] != list(range(len(records))):
             raise RuntimeError(
                 f"validation of {name}: {len(scores)} scores, {len(records)} records"
+            )
+        if lost := [source(records[s.index]) for s in scores if not math.isfinite(s.confidence)]:
+            raise RunError(
+                f"validation of {name}: the confidence in {len(lost)} of {len(records)} answers is "
+                f"not a finite number; look at these records, the model, and its precision\n"
+                f"{listing(lost)}"
             )
         figures = confidence_metrics(scores, self.settings.calib_p_norm, self.settings.calib_beta)
         figures["runtime"] = time.perf_counter() - start
@@ -2565,7 +3155,7 @@ class ValidationCallback(EvaluationCallback):
             ("best_calibration", "calibration_error", -1),
         ):
             value = sign * means[key]
-            earlier = [line[name] for line in self.history if line["step"] > 0]
+            earlier = [line[name] for line in self.history if line["step"] > 0 and name in line]
             if step > 0 and value > max((sign * best for best in earlier), default=-math.inf):
                 save_adapter(model, self.tokenizer, self.output_dir / name, figures)
         figure = reliability_figure(scores, figures)
@@ -2731,59 +3321,185 @@ RUN_FILES = (  # what a run leaves in its folder, and --overwrite_output_dir del
     "summary.json"
 ).split()
 
+# Settings that may change when a run goes on: these change nothing of what is trained …
+FREE_SETTINGS = set(
+    "no_resume overwrite_output_dir hf_repo profile report_to run_name logging_steps save_steps "
+    "save_total_limit per_device_eval_batch_size dataloader_num_workers ddp_timeout "
+    "enable_jit_checkpoint".split()
+)
+# … and these only how an update is split, on which the last bits of a sum depend
+SPLIT_SETTINGS = {
+    "num_processes": "num_processes",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "global_batch_size": "global_batch_size",
+    "gradient_checkpointing": "gradient_checkpointing",
+}
 
-def check_output_dir(folder: Path, saved: dict[str, Any], overwrite: bool) -> str | None:
-    """Decides what becomes of what --output_dir holds; changes nothing.
 
-    Returns:
-        The checkpoint to resume from: the last one of an unfinished run with the same settings.
-
-    Raises:
-        InputError: if the folder cannot be written, or holds a finished run, a run with other
-            settings, or files that are no run at all.
-    """
+def check_writable(folder: Path) -> None:
+    """Makes a folder. InputError if nothing can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder, prefix="."):
             pass
     except OSError as error:
         raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
-    held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if not held or overwrite:
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings.yaml of a run's folder; empty if there is none.
+
+    Raises:
+        InputError: if it is not one that a run wrote.
+    """
+    path = folder / "settings.yaml"
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(saved, dict) or not isinstance(saved.get("resolved"), dict):
+        raise InputError(f"{path} is not what a run of this version wrote: {REMEDY}")
+    return saved
+
+
+REMEDY = "give another --output_dir, or --overwrite_output_dir to delete that run"
+
+
+def check_output_dir(
+    folder: Path, earlier: dict[str, Any], saved: dict[str, Any], settings: RunSettings
+) -> str | None:
+    """Decides what becomes of what --output_dir holds; changes nothing.
+
+    Args:
+        earlier, saved: the settings of the run it holds, and of this one.
+
+    Returns:
+        The checkpoint to resume from: the last good one of an unfinished run.
+
+    Raises:
+        InputError: if the folder holds a finished run, a run of another kind, or files that are no
+            run at all.
+    """
+    held = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    if not held or (settings.overwrite_output_dir and not restarted()):
         return None
-    remedy = "give another --output_dir, or --overwrite_output_dir to delete that run"
-    if "settings.yaml" not in held:
+    if not earlier:
         raise InputError(
-            f"--output_dir {folder} is not empty and holds no run of this script; {remedy}"
+            f"--output_dir {folder} is not empty and holds no run of this script; {REMEDY}"
         )
     if "summary.json" in held:
-        raise InputError(f"--output_dir {folder} holds a finished run; {remedy}")
-    earlier = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
-    differing = [
-        f"--{key} was {earlier.get(key)!r} and is {saved.get(key)!r}"
-        for key in sorted({*saved, *earlier} - {"versions", "overwrite_output_dir"})
-        if earlier.get(key) != saved.get(key)
-    ]
-    if differing:
+        raise InputError(f"--output_dir {folder} holds a finished run; {REMEDY}")
+    check_same_run(folder, earlier, saved)
+    if settings.no_resume and not restarted():
         raise InputError(
-            f"--output_dir {folder} holds an unfinished run with other settings "
-            f"({'; '.join(differing[:5])}); {remedy}"
+            f"--output_dir {folder} holds an unfinished run, and --no_resume begins anew in an "
+            f"empty folder only; {REMEDY}"
         )
     return last_checkpoint(folder)
 
 
+def restarted() -> bool:
+    """Whether torchrun or Slurm has started the run again: it goes on, whatever its flags say of an
+    earlier one."""
+    counts = "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"
+    return any(int(os.environ.get(name) or 0) > 0 for name in counts)
+
+
+def check_same_run(folder: Path, earlier: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Refuses to go on with other data, another model, or settings that train otherwise, and says
+    what a run that goes on differently shares with the first one only up to rounding.
+
+    Raises:
+        InputError: with the list of differences.
+    """
+    ignored = {"versions", "resolved"} | FREE_SETTINGS | set(SPLIT_SETTINGS)
+    differing = [
+        f"--{key} was {earlier.get(key)!r} and is {saved.get(key)!r}"
+        for key in sorted({*saved, *earlier} - ignored)
+        if earlier.get(key) != saved.get(key)
+    ]
+    before, now = earlier["resolved"], saved["resolved"]
+    for name in sorted({*before["content"], *now["content"]}):
+        if before["content"].get(name) != now["content"].get(name):
+            differing.append(f"the content of {name} has changed")
+    if before["global_batch_size"] != now["global_batch_size"]:
+        differing.append(
+            f"an update had {before['global_batch_size']} records and has "
+            f"{now['global_batch_size']} (--global_batch_size)"
+        )
+    if differing:
+        raise InputError(
+            f"--output_dir {folder} holds an unfinished run with other settings:\n"
+            f"{listing(differing)}\n{REMEDY}"
+        )
+    changes = [
+        f"{flag} was {earlier.get(key)}, is {saved.get(key)}"
+        for key, flag in SPLIT_SETTINGS.items()
+        if earlier.get(key) != saved.get(key)
+    ]
+    changes += [
+        f"{name} was {number}, is {saved['versions'].get(name)}"
+        for name, number in earlier["versions"].items()
+        if number != saved["versions"].get(name)
+    ]
+    if changes:
+        say(
+            "warning: this run goes on with the same records in each update, and the last bits of "
+            f"its sums and its dropout will differ: {'; '.join(changes)}"
+        )
+
+
 def last_checkpoint(folder: Path) -> str | None:
-    """The last whole checkpoint that leaves something to train: its state is written last, so one
-    without a readable state was cut off, and from the very last step nothing would follow."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name[11:])):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            say(f"warning: {path} is not whole and is not used")
-            continue
-        if state["global_step"] < state["max_steps"]:
+    """The last good checkpoint of a run; None if it had not saved any.
+
+    Raises:
+        InputError: if all there are have been damaged.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        problem = damage(path)
+        if problem is None:
             return str(path)
+        say(f"warning: {path} is damaged and not used: {problem}")
+    if found:
+        raise InputError(f"every checkpoint in {folder} is damaged: {REMEDY}")
     return None
+
+
+def content_of(settings: RunSettings) -> dict[str, str]:
+    """What tells data and a model on this machine from others of the same name."""
+    named = [getattr(settings, name, None) for name in ("train_data", "chat_data", "val_data")]
+    paths = [item for value in named for item in (value if isinstance(value, list) else [value])]
+    found = {}
+    for item in filter(None, paths):
+        place = Path(item if Path(item).exists() else item.partition("=")[2] or item)
+        files = [place] if place.is_file() else sorted(filter(Path.is_file, place.rglob("*")))
+        sums = [f"{file.relative_to(place)} {sha256(file)}" for file in files]
+        found[item] = hashlib.sha256("\n".join(sums).encode()).hexdigest() if files else ""
+    if getattr(settings, "tuning", None) != "scratch":
+        found[settings.model_name] = model_identity(settings.model_name)
+    return found
+
+
+def model_identity(name: str) -> str:
+    """A model folder's identity: names and sizes of its files, and their first and last MiB. Of a
+    model of the Hugging Face Hub: its commit, where this machine has it."""
+    if not Path(name).is_dir():
+        with suppress(OSError, ValueError):
+            return AutoConfig.from_pretrained(name)._commit_hash or ""
+        return ""  # whoever loads it says what is wrong
+    key = hashlib.sha256()
+    for path in sorted(filter(Path.is_file, Path(name).iterdir())):
+        size = path.stat().st_size
+        key.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            key.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            key.update(file.read())
+    return key.hexdigest()
 
 
 def settings_to_save(settings: Settings, training: dict[str, Any]) -> dict[str, Any]:
@@ -2851,6 +3567,7 @@ def make_training_arguments(
     chosen = {
         **defaults,
         **training,
+        "enable_jit_checkpoint": False,  # what it does, and more, every run does: see Interruption
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,
         "report_to": report_to,
@@ -2917,14 +3634,30 @@ def shorten_intervals(args: TrainingArguments, num_records: int) -> int:
 
 def start_output_dir(folder: Path, saved: dict[str, Any], resuming: bool) -> None:
     """Clears what an overwritten run left, or one without checkpoint; writes settings.yaml."""
+    for path in [*folder.glob(".*.new"), *folder.glob(".*.old")]:  # of a run that was killed
+        remove(path)
     if not resuming:
-        for path in [*folder.glob("checkpoint-*"), *(folder / name for name in RUN_FILES)]:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    text = yaml.safe_dump(saved, sort_keys=False, allow_unicode=True)
-    (folder / "settings.yaml").write_text(text, encoding="utf-8")
+        for path in [*checkpoints(folder), *(folder / name for name in RUN_FILES)]:
+            remove(path)
+    write_text(folder / "settings.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def must_be_written(what: str, folder: Path) -> Iterator[None]:
+    """Has a failure to write within it end the run in one message."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{what} cannot be written: {no_room(folder, error)}; {GOES_ON}", on_all=False
+        ) from error
 
 
 def finish(
@@ -2934,7 +3667,8 @@ def finish(
     folder = validation.output_dir
     after, before = validation.last_and_first()
     if trainer.is_world_process_zero():
-        save_adapter(trainer.model, trainer.processing_class, folder / "final", after)
+        with must_be_written(f"{folder / 'final'}", folder):
+            save_adapter(trainer.model, trainer.processing_class, folder / "final", after)
         say(f"\n{settings.adapter} adapter of {settings.model_name}\n{format_table(after, before)}")
     return end_run(
         trainer, validation, settings, adapter=settings.adapter, picture=folder / "reliability.png"
@@ -2962,7 +3696,7 @@ def end_run(
     spent = sum(
         figure["runtime"] for line in validation.history for figure in line["datasets"].values()
     )
-    runtime = trainer.result["train_runtime"]
+    runtime = trainer.seconds
     summary = {
         "status": "completed",
         "run_name": args.run_name or folder.name,
@@ -2981,7 +3715,8 @@ def end_run(
         "validation": after,
         "validation_before_training": before,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    with must_be_written(f"{folder / 'summary.json'}", folder):
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     if settings.hf_repo:
         create_repo(settings.hf_repo, exist_ok=True)
         upload_folder(repo_id=settings.hf_repo, folder_path=folder / "final")
@@ -3007,8 +3742,9 @@ def initialize_fitting_model(
         InputError: if nothing fits.
     """
     args = run.args
-    asked_bits = 8 if settings.load_in_8bit else 4 if settings.load_in_4bit else None
+    asked_bits = run.bits
     if not run.measure:
+        run.keep(args, asked_bits)
         return recipe.build(asked_bits)
     ladder = [asked_bits] if asked_bits else list(recipe.bits)
     if settings.backend == "unsloth" and not asked_bits:
@@ -3031,6 +3767,7 @@ def initialize_fitting_model(
                 args.per_device_train_batch_size = size
                 args.gradient_accumulation_steps = share // size
                 args.gradient_checkpointing = recompute
+                run.keep(args, bits)
                 why = "because nothing fits without"
                 say(
                     f"--batch_size auto: {size} records at a time x {share // size} accumulation"
@@ -3069,6 +3806,13 @@ class Run(NamedTuple):
     args: TrainingArguments
     dtype: torch.dtype  # of what is computed, and of frozen weights
     measure: bool  # whether the batch size is what memory will hold
+    bits: int | None  # of quantised weights
+
+    def keep(self, args: TrainingArguments, bits: int | None) -> None:
+        """Notes for settings.yaml what `auto` became, which a run that goes on keeps."""
+        names = "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing"
+        split = {name: getattr(args, name) for name in names.split()}
+        self.saved["resolved"] |= {**split, "bits": bits}
 
 
 def open_run(settings: RunSettings, training: dict[str, Any]) -> Run:
@@ -3079,45 +3823,143 @@ def open_run(settings: RunSettings, training: dict[str, Any]) -> Run:
             folder lacks the checkpoint to go on from.
     """
     dtype = resolve_precision(training)
+    given = training.pop("resume_from_checkpoint", None)
     folder, saved = Path(training["output_dir"]), settings_to_save(settings, training)
-    checkpoint, problem = training.pop("resume_from_checkpoint", None), None
+    source_folder = Path(given).parent if given else folder
+    bits = 8 if settings.load_in_8bit else 4 if settings.load_in_4bit else None
+    measure = training["per_device_train_batch_size"] == "auto"
+    problem, earlier = None, {}
     try:
-        if checkpoint is None:
-            checkpoint = check_output_dir(folder, saved, settings.overwrite_output_dir)
-        elif not Path(checkpoint, "trainer_state.json").is_file():
-            raise InputError(
-                f"--resume_from_checkpoint {checkpoint} is no checkpoint folder; without the flag "
-                "an unfinished run in --output_dir goes on from its last checkpoint"
-            )
+        check_writable(folder)
+        if given or not settings.overwrite_output_dir or restarted():
+            earlier = read_settings(source_folder)
+        if earlier:
+            keep_split(training, settings, earlier)
+            measure, bits = False, earlier["resolved"]["bits"]
     except InputError as error:
         problem = error
-    measure = training["per_device_train_batch_size"] == "auto"
     args = make_training_arguments(training, settings.global_batch_size)
+    if args.world_size > 1:
+        Watch.current = Watch(settings.script)
+        Watch.current.start()
+        say(f"Distributed training with {args.world_size} processes")
+    if earlier:
+        args.gradient_checkpointing |= earlier["resolved"]["gradient_checkpointing"]
+    saved["resolved"] = {"global_batch_size": global_batch_size(args), "content": {}}
+    checkpoint = None
+    if args.process_index == 0 and not problem:
+        try:
+            saved["resolved"]["content"] = content_of(settings)
+            if given:
+                checkpoint = check_given_checkpoint(Path(given), folder, earlier, saved)
+            else:
+                checkpoint = check_output_dir(folder, earlier, saved, settings)
+        except InputError as error:
+            problem = error
+    # The main process decides: a machine may have disks of its own
     found = gather_object([(checkpoint, str(problem) if problem else None)])
-    checkpoint, problem = found[0]  # the main process decides: a machine may have disks of its own
-    if problem:
-        raise InputError(problem)
-    if checkpoint and any(other != checkpoint for other, _ in found):
+    if problems := [problem for _, problem in found if problem]:
+        raise InputError(problems[0])
+    checkpoint, _ = found[0]
+    if not all(gather_object([checkpoint is None or Path(checkpoint, MANIFEST).is_file()])):
         raise InputError(
             f"{checkpoint} is not on every machine: --output_dir must lie on a disk that all share "
             "for a run to go on; --overwrite_output_dir begins it anew"
         )
     if checkpoint:
         args.eval_on_start = False
-        if sharding() == "tp":
-            raise InputError(
-                "a tensor parallel run cannot go on from a checkpoint: --overwrite_output_dir "
-                "begins it anew"
-            )
+        check_resumable(Path(checkpoint), earlier, args.world_size)
     if measure and (sharding() or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"):
         raise InputError(
             "--batch_size auto measures a model that one process holds, and this launch splits it: "
             "give --batch_size N (plan_training.py memory says what fits)"
         )
     set_seed(args.seed)
-    if args.world_size > 1:
-        say(f"Distributed training with {args.world_size} processes")
-    return Run(folder, saved, checkpoint, args, dtype, measure)
+    return Run(folder, saved, checkpoint, args, dtype, measure, bits)
+
+
+def keep_split(training: dict[str, Any], settings: RunSettings, earlier: dict[str, Any]) -> None:
+    """Has a run that goes on split its updates as before, or with another number of processes so
+    that they stay the same, unless the flags say now how.
+
+    Raises:
+        InputError: if the processes cannot share an update evenly.
+    """
+    flags = "per_device_train_batch_size gradient_accumulation_steps".split()
+    if any(earlier.get(flag) != training.get(flag) for flag in flags):
+        return  # told anew: check_same_run() looks whether it is the same update
+    if earlier.get("global_batch_size") != settings.global_batch_size:
+        return
+    before = earlier["resolved"]
+    whole, rest = divmod(before["global_batch_size"], replicas())
+    if rest:
+        raise InputError(
+            f"the run in --output_dir has updates of {before['global_batch_size']} records, which "
+            f"{replicas()} processes cannot share evenly: launch another number of them"
+        )
+    most = before["per_device_train_batch_size"]
+    size = next(size for size in range(min(most, whole), 0, -1) if whole % size == 0)
+    training |= dict(zip(flags, (size, whole // size)))
+
+
+def check_given_checkpoint(
+    checkpoint: Path, folder: Path, earlier: dict[str, Any], saved: dict[str, Any]
+) -> str:
+    """--resume_from_checkpoint. InputError if it is none, damaged, or of another run."""
+    if not (checkpoint / MANIFEST).is_file() or not earlier:
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint} is no checkpoint of a run's folder; without "
+            "the flag an unfinished run in --output_dir goes on from its last checkpoint"
+        )
+    if problem := damage(checkpoint):
+        raise InputError(f"--resume_from_checkpoint {checkpoint} is damaged: {problem}")
+    same = checkpoint.parent.resolve() == folder.resolve()
+    if not same and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise InputError(
+            f"--output_dir {folder} is not empty, and the checkpoint is not its; {REMEDY}"
+        )
+    check_same_run(checkpoint.parent, earlier | {"output_dir": saved["output_dir"]}, saved)
+    return str(checkpoint)
+
+
+def check_resumable(checkpoint: Path, earlier: dict[str, Any], processes: int) -> None:
+    """Refuses what cannot go on in this launch. InputError says why."""
+    if sharding() == "tp":
+        raise InputError(
+            "a tensor parallel run cannot go on from a checkpoint: --overwrite_output_dir begins "
+            "it anew"
+        )
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    before = earlier["num_processes"]
+    if processes != before and (deepspeed or sharding() == "pp"):
+        kind = "DeepSpeed" if deepspeed else "a pipeline"
+        raise InputError(
+            f"{checkpoint} is of {before} processes, and {kind} saves each one's own part: launch "
+            f"{before} again"
+        )
+
+
+def curves(folder: Path, checkpoint: str | None) -> SummaryWriter:
+    """A writer for TensorBoard, which forgets what a run that goes on does again, and gives up in a
+    word where the disk is full: the run must not end by it."""
+    step = int(Path(checkpoint).name[11:]) + 1 if checkpoint else None
+    writer = SummaryWriter(str(folder), purge_step=step)
+
+    def forgiving(write: Callable) -> Callable:
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except OSError as error:
+                for name in names:
+                    setattr(writer, name, lambda *args, **kwargs: None)
+                say(f"warning: {no_room(folder, error)}; TensorBoard's curves end here")
+
+        return wrapped
+
+    names = "add_scalar add_text add_figure flush close".split()
+    for name in names:
+        setattr(writer, name, forgiving(getattr(writer, name)))
+    return writer
 
 
 def train(
@@ -3143,9 +3985,10 @@ def train(
     )
     PartialState().wait_for_everyone()  # all have looked into the folder before one changes it
     if args.process_index == 0:
-        start_output_dir(run.folder, run.saved, resuming=run.checkpoint is not None)
+        with must_be_written(f"{run.folder / 'settings.yaml'}", run.folder):
+            start_output_dir(run.folder, run.saved, resuming=run.checkpoint is not None)
         if "tensorboard" in report_targets(run.saved):
-            validation.writer = SummaryWriter(str(run.folder / "logs"))
+            validation.writer = curves(run.folder / "logs", run.checkpoint)
     if run.checkpoint:
         say(f"resuming from {run.checkpoint}")
     writer = validation.writer
@@ -3166,7 +4009,10 @@ def train(
     trainer.add_callback(ConsoleCallback())
     if settings.profile and args.process_index == 0:
         trainer.add_callback(ProfileCallback(run.folder / "logs"))
-    trainer.result = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
+    try:
+        trainer.train(resume_from_checkpoint=run.checkpoint)
+    except Stopped as stop:
+        raise Stopped(trainer.last_saved, agreed=True) from stop
     # By --eval_strategy the last step may not be validated, or the best model may have come back
     if validation.last_step != trainer.state.global_step or args.load_best_model_at_end:
         trainer.evaluate()
@@ -3180,9 +4026,9 @@ def run(argv: list[str] | None) -> dict[str, Any]:
     settings, training = parse_command_line(argv)
     check_settings(settings, training)
     keep_freed_memory()
-    records = read_training_records(settings)
-    records, validation_sets, generate = choose_validation(settings, records, training["seed"])
     run = open_run(settings, training)
+    records = read_training_records(settings)
+    records, validation_sets, generate = choose_validation(settings, records, run.args.seed)
     if strategy := sharding():
         raise InputError(
             f"a confidence run reads tags' rows and caches of a whole model, which {strategy} "
@@ -3209,13 +4055,31 @@ def main(
     run: Callable[[list[str] | None], dict[str, Any]] = run,
     script: str = Settings.script,
 ) -> dict[str, Any]:
-    """Trains as the command line says; exits with code 2 and one message if it cannot."""
-    try:
-        return run(argv)
-    except InputError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"{script}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    """Trains as the command line says; if it cannot, exits with one message and the code that the
+    head of this file tells of."""
+    with interruption.listening():
+        try:
+            return run(argv)
+        except InputError as error:
+            code, agreed = 2, False
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                report(script, str(error))
+        except RunError as error:
+            code, agreed = 1, error.on_all
+            if not agreed or int(os.environ.get("RANK", "0")) == 0:
+                report(script, str(error))
+        except Stopped as stop:
+            code, agreed = 128 + interruption.signal, stop.agreed
+            say(f"{signal.Signals(interruption.signal).name}: {stop}")
+        except Exception:
+            if Watch.current:  # which ends this process if another's death was the reason
+                Watch.current.join(2 * (Watch.interval + Watch.grace))
+            raise
+    if agreed and Watch.current:
+        Watch.current.leave()
+    if torch.distributed.is_initialized():
+        end_process(code)
+    raise SystemExit(code)
 
 
 def leave() -> None:
@@ -3225,11 +4089,11 @@ def leave() -> None:
     the destructor waits, holding the interpreter's lock, for a thread that needs it. Both were
     seen, once in hundreds of runs.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if torch.distributed.is_initialized():
+        if Watch.current:
+            Watch.current.leave()
         atexit._run_exitfuncs()  # wandb and its like finish there
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        end_process(0)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from train_confidence_lora import (
     Recipe,
     Run,
     RunSettings,
+    Stopped,
     add_adapter,
     cache_encodings,
     check_run_settings,
@@ -49,6 +50,7 @@ from train_confidence_lora import (
     generate_answers,
     hold_out,
     initialize_fitting_model,
+    interruption,
     keep_freed_memory,
     leave,
     load_base_model,
@@ -56,6 +58,7 @@ from train_confidence_lora import (
     logits_only_at,
     main,
     model_parallel_size,
+    must_be_written,
     open_run,
     parameter_count,
     parse_command_line,
@@ -69,6 +72,8 @@ from train_confidence_lora import (
     say,
     setting,
     sharding,
+    source,
+    staging,
     tensor_parallel_size,
     tokenize,
     train,
@@ -78,7 +83,7 @@ from train_confidence_lora import (
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
@@ -456,6 +461,7 @@ def encode_chats(
             "labels": labels,
             "position_ids": list(range(len(ids))),
             "length": len(ids),
+            "source": source(record),
             "cut": len(ids) < len(encoding["input_ids"]),
             "skipped": "" if learns else f"line {record['line']}: {reason}",
         }
@@ -476,25 +482,29 @@ def encode_texts(
     next block, its last token is repeated there as context.
     """
     block: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+    documents: list[str] = []  # where those in the block came from
 
     def full() -> dict[str, Any]:
         done = {name: list(values) for name, values in block.items()}
         for values in block.values():
             values.clear()
-        return {**done, "length": len(done["input_ids"]), "cut": False, "skipped": ""}
+        done |= {"source": " to ".join(dict.fromkeys([documents[0], documents[-1]])), "cut": False}
+        documents.clear()
+        return {**done, "length": len(done["input_ids"]), "skipped": ""}
 
     bos = tokenizer.bos_token if tokenize(tokenizer, "a") != tokenizer.encode("a") else None
     for start in range(0, len(records), 1000):
+        part = records[start : start + 1000]
         segments = [
-            [(bos or "", 0), (record["text"] + tokenizer.eos_token, ALL)]
-            for record in records[start : start + 1000]
+            [(bos or "", 0), (record["text"] + tokenizer.eos_token, ALL)] for record in part
         ]
-        for encoding in encode_segments(tokenizer, segments):
+        for record, encoding in zip(part, encode_segments(tokenizer, segments), strict=True):
             ids, at = encoding["input_ids"], 0
             while at < len(ids) - 1:
                 if max_tokens - len(block["input_ids"]) < 2:  # one token alone would learn nothing
                     yield full()
                 piece = ids[at : at + max_tokens - len(block["input_ids"])]
+                documents.append(source(record))
                 block["input_ids"] += piece
                 block["labels"] += [-100, *piece[1:]]
                 block["position_ids"] += range(len(piece))
@@ -519,6 +529,7 @@ class BlockCollator:
             for i in starts:
                 joined["labels"][i] = -100
             batch = {name: torch.tensor([values]) for name, values in joined.items()}
+            batch["source"] = [row["source"] for row in encodings]
             return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
         batch = Collator(self.pad_token_id)(encodings)
         rows = [row["position_ids"] for row in encodings]
@@ -948,6 +959,7 @@ class PipelineTrainer(LabelTrainer):
         loss, labels = pipeline_loss(model.train(), *batches, backward=True)
         tokens = sum(batch["attention_mask"].sum() for batch in batches)
         self.totals += torch.stack([tokens, tokens.new_tensor(labels), loss])
+        self.update = [(loss, batch) for batch in batches]
         return loss / labels
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
@@ -959,7 +971,8 @@ class PipelineTrainer(LabelTrainer):
         return squares.sqrt()
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> torch.Tensor:
-        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
+        self.grad_norm = self._clip_grad_norm(model) if grad_norm is None else grad_norm
+        return self.grad_norm
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         own = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
@@ -1052,7 +1065,9 @@ class LanguageEvaluation(EvaluationCallback):
         batch_loss = language_loss if pipeline_parallel_size() == 1 else pipeline_loss
         for indices, counts in self._share([row["length"] for row in sequences]):
             batch = self.collator([sequences[i] for i in indices])
-            batch = {key: part.to(model.device) for key, part in batch.items()}
+            batch = send_to_device(batch, model.device)
+            if interruption.agreed():
+                raise Stopped
             with torch.no_grad():
                 loss, labels = batch_loss(model, batch)
             if counts:
@@ -1064,6 +1079,8 @@ class LanguageEvaluation(EvaluationCallback):
     def _rouge(self, model: torch.nn.Module) -> dict[str, float]:
         found = []
         for indices, counts in self._share([len(prompt) for prompt, _ in self.questions]):
+            if interruption.agreed():
+                raise Stopped
             with torch.inference_mode():
                 generated = generate_answers(
                     model,
@@ -1155,10 +1172,10 @@ def check_length(model: torch.nn.Module, settings: LanguageSettings) -> None:
 def save_model(trainer: LabelTrainer, folder: Path) -> None:
     """Writes model or adapter, and tokenizer. All processes take part, since each may hold but a
     part of it; the folder changes its content at once or not at all."""
-    new = folder.with_name(folder.name + ".new")
-    trainer.save_model(str(new))
-    if trainer.is_world_process_zero():
-        replace_folder(folder, new)
+    with must_be_written(str(folder), folder.parent):
+        trainer.save_model(str(staging(folder)))
+        if trainer.is_world_process_zero():
+            replace_folder(folder)
 
 
 def run(argv: list[str] | None) -> dict[str, Any]:
@@ -1166,8 +1183,8 @@ def run(argv: list[str] | None) -> dict[str, Any]:
     settings, training = parse_command_line(argv, LanguageSettings)
     check_settings(settings, training)
     keep_freed_memory()
-    records, samples = read_data(settings, training["seed"])
     run = open_run(settings, training)
+    records, samples = read_data(settings, run.args.seed)
     check_tuning(settings.tuning)
     tokenizer = find_tokenizer(settings, records, run)
     encodings = encode(tokenizer, records, settings)

@@ -2,10 +2,9 @@ import json
 
 import pytest
 import torch
-from conftest import tagged_records, write_jsonl
+from conftest import tagged_records
 from datasets import Dataset
 
-import train_confidence_lora as confidence
 from train_confidence_lora import (
     HELD_WEIGHT,
     LabelTrainer,
@@ -139,30 +138,3 @@ def test_a_checkpoint_holds_no_pickle_of_ours_and_no_whole_embedding(tiny_models
     size = (tmp_path / "saved" / "adapter_model.safetensors").stat().st_size
     lora = sum(p.numel() for n, p in trainer.model.named_parameters() if "lora_" in n) * 4
     assert size < lora + 20_000
-
-
-RUN = ["--batch_size", "8", "--gradient_accumulation_steps", "1", "--logging_steps", "1"]
-RUN += ["--max_steps", "8", "--save_steps", "4", "--save_total_limit", "5", "--lora_dropout", "0.1"]
-
-
-def test_a_resumed_run_ends_with_the_same_bytes(tiny_models, tmp_path, capsys):
-    """The run is cut after step 4 by taking away what came later."""
-    data = write_jsonl(tmp_path / "train.jsonl", tagged_records(64))
-    line = ["--model_name", tiny_models["untied"], "--train_data", data, *RUN, "--output_dir"]
-    confidence.main([*line, str(tmp_path / "run")])
-    whole = (tmp_path / "run" / "final" / "adapter_model.safetensors").read_bytes()
-    history = (tmp_path / "run" / "validation.jsonl").read_text()
-    for name in ("final", "checkpoint-8"):
-        for path in (tmp_path / "run" / name).iterdir():
-            path.unlink()
-        (tmp_path / "run" / name).rmdir()
-    (tmp_path / "run" / "summary.json").unlink()
-    capsys.readouterr()
-    summary = confidence.main([*line, str(tmp_path / "run")])
-    said = capsys.readouterr().out
-    assert f"resuming from {tmp_path / 'run' / 'checkpoint-4'}" in said
-    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").read_bytes() == whole
-    resumed = (tmp_path / "run" / "validation.jsonl").read_text()
-    steps = [json.loads(line)["step"] for line in resumed.splitlines()]
-    assert steps == [json.loads(line)["step"] for line in history.splitlines()]
-    assert summary["validation_before_training"] is not None
