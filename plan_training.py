@@ -613,7 +613,7 @@ class Run:
 
     def where(self, name: str) -> str:
         """Where a flag or fact is given, to begin an error with."""
-        return self.places.get(name, f"{self.file}: {name}")
+        return self.places.get(name, f"{self.file}:1: {name}")
 
     def get(self, name: str) -> Any:
         """A flag's value, whether it is given or the script's default."""
