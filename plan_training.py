@@ -248,7 +248,7 @@ def ask_for_flags(script: Path) -> dict[str, Flag]:
 
 def plain(value: Any) -> Any:
     """A value as Python has it: YAML reads 3e-4 as text, and so does a command line everything."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or len(value) > MAX_TEXT:  # which Python would take long over
         return value
     try:
         found = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
@@ -333,7 +333,7 @@ def read_yaml(path: Path, text: str) -> Any:
     """What a YAML text holds; its mappings are Sections. Errors are those of read_file()."""
     import yaml
 
-    depth = count = 0
+    depth, count, line = 0, 0, 1
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):  # before anything is built of it
             line = event.start_mark.line + 1
@@ -353,11 +353,13 @@ def read_yaml(path: Path, text: str) -> Any:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         return yaml_value(path, loader, node) if node else None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # also of chr() and int() in it
+        if mark := getattr(error, "problem_mark", None):
+            line = mark.line + 1
+        elif position := getattr(error, "position", None):
+            line = text.count("\n", 0, position) + 1
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise InputError(f"{path}:{line + 1}: this is not YAML: {reason:.300}; mend it") from error
+        raise InputError(f"{path}:{line}: this is not YAML: {reason:.300}; mend it") from error
 
 
 def yaml_value(path: Path, loader: Any, node: Any) -> Any:
@@ -1104,9 +1106,8 @@ def measure_run(run: Run, half: bool) -> Memory:
     except InputError:
         raise
     except Exception as error:  # transformers and peft refuse sizes and modules in many ways
-        known = [
-            name for name in ("target_modules", *SHAPE_KEYS, "model_type") if name in run.flags
-        ]
+        likely = "target_modules model_type hidden_size num_layers num_heads vocab_size"
+        known = [name for name in likely.split() if name in run.flags]
         where = run.where(known[0] if known else "model_name")
         reason = " ".join(str(error).split())
         raise InputError(

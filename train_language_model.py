@@ -320,7 +320,17 @@ def read_document(path: Path) -> str:
     Raises:
         InputError: with file, line and reason, if it is no text or larger than MAX_DOCUMENT_BYTES.
     """
-    text, line = io.StringIO(), 1
+    for _ in read_pieces(path):  # what is wrong at its end is known before much is held
+        pass
+    text = io.StringIO()
+    for piece in read_pieces(path):
+        text.write(piece)
+    return text.getvalue()
+
+
+def read_pieces(path: Path) -> Iterator[str]:
+    """read_document() in pieces, with its errors."""
+    line = 1
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     with open_data(path) as (file, _):
         if path.stat().st_size > MAX_DOCUMENT_BYTES:
@@ -343,9 +353,8 @@ def read_document(path: Path) -> str:
                 line += piece.count("\n", 0, piece.index("\0"))
                 raise InputError(f"cannot read {path}:{line}: a NUL character; remove it")
             line += piece.count("\n")
-            text.write(piece)
+            yield piece
             data = following
-    return text.getvalue()
 
 
 def read_either(path: str, skip_bad: bool = False) -> list[dict[str, Any]]:

@@ -377,8 +377,10 @@ YAML_TREE = "train:\n  epochs: 1\n"
         ("\n\ntrain_data: none.jsonl", 3, "train_data none.jsonl does not exist"),
         (SFT + "num_processes: 3\nnum_machines: 2", 2, "cannot be spread"),
         ("text", 1, "there are no keys"),
+        ("%YAML " + "1" * 5000 + "\n---\na: 1", 1, "this is not YAML: Exceeds the limit"),
+        ('a: "\\UFFFFFFFF"', 1, "this is not YAML"),
     ],
-    ids=range(36),
+    ids=range(38),
 )
 def test_what_a_yaml_file_has_wrong_is_told_with_its_line(text, line, words, refusal_of):
     error = refusal_of(text)

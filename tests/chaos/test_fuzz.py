@@ -1,6 +1,7 @@
 """10,000 mutated lines through every reader, 1,000 mutated configurations through the launcher:
 each is taken or refused in words, in bounded time and memory, by file and line."""
 
+import gzip
 import json
 import re
 import resource
@@ -53,6 +54,7 @@ SOUND = [
         )
     ),
 ]
+PACKED = [gzip.compress(b"\n".join([line] * 9), mtime=0) for line in SOUND]
 SPECIAL = [
     b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"\0", b"\\u0000", b"\\\\u0000", b"\\ud800",
     b"\\udc00\\ud800", b"\r", b"\n", b"\x1a", b"\xc3", b"\xed\xa0\x80", b"[" * 2000,
@@ -109,6 +111,7 @@ def read_everything(path):
     for read in (
         lambda: read_records(path),
         lambda: read_records(path, True, parse_record),
+        lambda: read_records(f"{path}.gz"),
         lambda: read_records(path, False, language.parse_chat),
         lambda: language.read_texts(str(path)),
         lambda: language.read_either(str(path)),
@@ -135,14 +138,15 @@ def test_fuzzed_lines_are_read_or_refused_by_file_and_line(tmp_path):
     path, before, refused = tmp_path / "answers-0.jsonl", memory(), []
 
     @seeded(LINES)
-    @given(mutated(SOUND, SPECIAL))
-    def fuzz(line):
+    @given(mutated(SOUND, SPECIAL), mutated(PACKED, [b"\0", b"\x1f\x8b", b"\xff" * 9]))
+    def fuzz(line, packed):
         path.write_bytes(SOUND[2] + b"\n" + line + b"\n")
+        path.with_name("answers-0.jsonl.gz").write_bytes(packed)
         path.with_suffix(".txt").write_bytes(line)
         refused.append(bounded(read_everything, path))
         for refusal in refused[-1]:
             nothing = "holds no" in refusal  # nothing that could have a line
-            assert nothing or re.search(r"answers-0\.(jsonl|txt):\d+: ", refusal), refusal
+            assert nothing or re.search(r"answers-0\.(jsonl|jsonl\.gz|txt):\d+: ", refusal), refusal
 
     fuzz()
     assert len(refused) == LINES
