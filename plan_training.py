@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import codecs
 import difflib
+import gzip
 import json
 import logging
 import math
@@ -28,9 +30,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import tomllib
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -109,7 +114,8 @@ VALUES = {  # words for values that differ from the training scripts'
 }
 FACTS = (  # what the launch itself makes use of
     "task tuning strategy num_processes num_machines machine_rank main_process_ip "
-    "main_process_port gpu_type gpu_count gpus_per_node use_qlora validation predict_with_generate "
+    "main_process_port max_restarts gpu_type gpu_count gpus_per_node use_qlora validation "
+    "predict_with_generate "
     "target_tokens_per_device_step fsdp sharding_strategy auto_wrap_policy tensor_parallel_size "
     "pipeline_parallel_size use_deepspeed deepspeed_stage cpu_offload deepspeed mixed_precision"
 ).split()
@@ -118,9 +124,18 @@ MAY_BE_AUTO = {"batch_size", "gradient_accumulation_steps"}
 COUNTS = MAY_BE_AUTO | set(
     "global_batch_size max_seq_length max_train_samples num_processes num_machines gpu_count "
     "gpus_per_node target_tokens_per_device_step tensor_parallel_size pipeline_parallel_size "
-    "vocab_size hidden_size num_heads num_layers".split()
+    "vocab_size hidden_size num_heads num_layers lora_r max_new_tokens".split()
 )
+FROM_ZERO = set("machine_rank main_process_port max_restarts".split())  # whole numbers
+TRUE_OR_FALSE = set("use_qlora validation predict_with_generate use_deepspeed cpu_offload".split())
 PATHS = set("model_name tokenizer_name train_data chat_data val_data output_dir".split())
+MAX_FILE_BYTES = 2**20  # of a configuration, of DeepSpeed's and of a run's summary
+MAX_NESTING, MAX_VALUES = 32, 10_000  # in such a file: sections within each other, values in all
+MAX_TEXT = 4096  # characters of a value; a path cannot be longer
+MAX_KEY = 200  # characters
+MAX_NUMBER = 10**15
+MAX_COUNT, MAX_LAYERS = 10**9, 1_000
+MAX_UNPACKED, MAX_RATIO = 100 * 2**20, 100  # a .gz file may exceed either, in bytes, but not both
 UNUSED = {"versions", "resolved"}  # what settings.yaml tells of its run; they do nothing here
 CONFIDENCE_KEYS = {"adapter", "validation_answers", "calib_beta", "calib_p_norm", "fp8"}
 SHAPE_KEYS = {"vocab_size", "hidden_size", "num_heads", "num_layers"}
@@ -190,11 +205,12 @@ class Flag(NamedTuple):
     default: Any
     choices: tuple[str, ...]
     bare: bool  # takes no value
+    several: bool  # takes a list of them
 
 
 class Given(NamedTuple):
     value: Any
-    where: str  # the file and the key's path, or the flag on the command line
+    where: str  # file, line and the key's path, or the flag on the command line
 
 
 def read_flags(script: Path) -> dict[str, Flag]:
@@ -224,6 +240,7 @@ def ask_for_flags(script: Path) -> dict[str, Flag]:
             plain(default[1]) if default else None,
             tuple(choices[1].split(",")) if choices else (),
             bare=all(word.startswith("-") for word in invocation.split()),
+            several="..." in invocation,
         )
         flags |= dict.fromkeys(names, flag)
     return flags
@@ -231,41 +248,222 @@ def ask_for_flags(script: Path) -> dict[str, Flag]:
 
 def plain(value: Any) -> Any:
     """A value as Python has it: YAML reads 3e-4 as text, and so does a command line everything."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or len(value) > MAX_TEXT:  # which Python would take long over
         return value
     try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
-    except (ValueError, SyntaxError):
+        found = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return value
+    return found if isinstance(found, (int, float, list, dict, type(None))) else value
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """The tree of a YAML or TOML file."""
-    import yaml
+class Section(dict):
+    """A part of a configuration, which knows the line of each of its keys."""
 
+    def __init__(self) -> None:
+        self.lines: dict[str, int] = {}
+
+
+ENCODINGS = {  # what a file in one of them begins with; UTF-32 first, as UTF-16 begins alike
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def read_text(path: Path) -> str:
+    """A small file's text.
+
+    Raises:
+        InputError: if it cannot be read, is larger than MAX_FILE_BYTES or not in UTF-8.
+    """
+    if UNPRINTABLE.search(str(path)):
+        raise InputError(f"{str(path)!r} has control characters in its name: rename it")
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
+            raise InputError(f"{str(path)!r} cannot be read: it is no file; give the path of one")
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        kind = "TOML" if path.suffix == ".toml" else "YAML"
-        raise InputError(f"{path} is not {kind}: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{path} holds no keys: see configs/runs/ for examples")
+    if len(data) > MAX_FILE_BYTES:
+        raise InputError(
+            f"{path}:1: this file is larger than {MAX_FILE_BYTES >> 20} MiB: configs/runs/ shows "
+            "what a configuration is"
+        )
+    for mark, encoding in ENCODINGS.items():
+        if data.startswith(mark):
+            raise InputError(f"{path}:1: this looks like {encoding}: save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: this is not UTF-8: save the file as UTF-8") from error
+
+
+def read_file(path: Path) -> Section:
+    """The tree of a YAML or TOML file.
+
+    Raises:
+        InputError: with file and line, if it is none, gives a key twice, or is absurdly large.
+    """
+    text = read_text(path)
+    tree = read_toml(path, text) if path.suffix == ".toml" else read_yaml(path, text)
+    if not isinstance(tree, Section) or not tree:
+        raise InputError(f"{path}:1: there are no keys: see configs/runs/ for examples")
     return tree
 
 
-def leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """(path of the key, value) of everything that is given; null and [] are not given."""
+def add_key(section: Section, key: Any, value: Any, path: Path, line: int) -> None:
+    """Puts a key into a section; refuses what is no name, and what is there already."""
+    if not isinstance(key, str) or len(key) > MAX_KEY or UNPRINTABLE.search(key):
+        raise InputError(
+            f"{path}:{line}: {key!r:.40} is no name of a key: configs/runs/ shows them"
+        )
+    if key in section:
+        raise InputError(
+            f"{path}:{line}: {key} is given in line {section.lines[key]} too: leave one of them out"
+        )
+    section[key], section.lines[key] = value, line
+
+
+def read_yaml(path: Path, text: str) -> Any:
+    """What a YAML text holds; its mappings are Sections. Errors are those of read_file()."""
+    import yaml
+
+    depth, count, line = 0, 0, 1
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # before anything is built of it
+            line = event.start_mark.line + 1
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            count += 1
+            if getattr(event, "anchor", None):
+                raise InputError(
+                    f"{path}:{line}: & and * (anchor and alias) are not taken: write the value "
+                    "out, or put it in quotes"
+                )
+            if depth > MAX_NESTING or count > MAX_VALUES:
+                raise InputError(
+                    f"{path}:{line}: more than {MAX_NESTING} levels or {MAX_VALUES:,} values: "
+                    "configs/runs/ shows what a configuration is"
+                )
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        return yaml_value(path, loader, node) if node else None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # also of chr() and int() in it
+        if mark := getattr(error, "problem_mark", None):
+            line = mark.line + 1
+        elif position := getattr(error, "position", None):
+            line = text.count("\n", 0, position) + 1
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"{path}:{line}: this is not YAML: {reason:.300}; mend it") from error
+
+
+def yaml_value(path: Path, loader: Any, node: Any) -> Any:
+    """What a node of YAML stands for, by the rules of the safe loader."""
+    line, kind = node.start_mark.line + 1, node.tag.rpartition(":")[2]
+    if isinstance(node.value, str):
+        try:
+            return loader.construct_object(node)
+        except Exception as error:  # each type's constructor fails in its own way
+            raise InputError(
+                f"{path}:{line}: {node.value!r:.40} is no {kind:.40}: put text in quotes"
+            ) from error
+    if kind == "seq":
+        return [yaml_value(path, loader, part) for part in node.value]
+    if kind != "map":
+        raise InputError(f"{path}:{line}: the type {node.tag:.40} is not taken: leave it out")
+    section = Section()
+    for key, value in node.value:
+        name = yaml_value(path, loader, key) if isinstance(key.value, str) else key.value
+        add_key(section, name, yaml_value(path, loader, value), path, key.start_mark.line + 1)
+    return section
+
+
+DEEP_KEY = re.compile(
+    r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+)"""
+    rf"{{{MAX_NESTING}}}"
+)
+
+
+def read_toml(path: Path, text: str) -> Section:
+    """What a TOML text holds. Errors are those of read_file()."""
+    deep = f"more than {MAX_NESTING} levels: configs/runs/ shows what a configuration is"
+    if found := DEEP_KEY.search(text):  # tomllib takes hours for a key of a million parts
+        raise InputError(f"{path}:{text.count(chr(10), 0, found.start()) + 1}: {deep}")
+    try:
+        tree = tomllib.loads(text)
+    except RecursionError as error:
+        raise InputError(f"{path}:1: {deep}") from error
+    except ValueError as error:
+        at = re.search(r"at line (\d+)", str(error))
+        digits = re.search(r"[\d_]{4300}", text)  # which int() refuses
+        end = digits.start() if digits else len(text)
+        line = int(at[1]) if at else text.count("\n", 0, end) + 1
+        raise InputError(f"{path}:{line}: this is not TOML: {error!s:.300}; mend it") from error
+    lines, table = {}, ""
+    for number, line in enumerate(text.split("\n"), 1):
+        name, equals, _ = re.sub(r"[\s\"']", "", line).partition("=")
+        if line.lstrip().startswith("["):
+            name = name.lstrip("[").partition("]")[0]
+            table = f"{name}."
+            lines.setdefault(name, number)
+        elif equals:
+            lines.setdefault(table + name, number)
+    return with_lines(tree, path, lines, "", 1)
+
+
+def with_lines(
+    tree: dict[str, Any], path: Path, lines: dict[str, int], above: str, line: int
+) -> Section:
+    """A tree of TOML as Sections. A key within a line has that line's number."""
+    if above.count(".") > MAX_NESTING:
+        raise InputError(f"{path}:{line}: more than {MAX_NESTING} levels: leave some out")
+    section = Section()
+    for key, value in tree.items():
+        at = lines.get(f"{above}{key}", line)
+        if isinstance(value, dict):
+            value = with_lines(value, path, lines, f"{above}{key}.", at)
+        add_key(section, key, value, path, at)
+    return section
+
+
+def leaves(tree: Section, file: str, above: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(path of the key, value, where it stands) of everything that is given; null and [] are not
+    given."""
     for key, value in tree.items():
         path = f"{above}{key}"
         if path in UNUSED or value is None or (value == [] and key != "report_to"):
             continue
-        if isinstance(value, dict) and not path.endswith(("_kwargs", "_config")):
-            yield from leaves(value, f"{path}.")
+        if isinstance(value, Section) and not path.endswith(("_kwargs", "_config")):
+            yield from leaves(value, file, f"{path}.")
         else:
-            yield path, "none" if value == [] else plain(value)
+            where = f"{file}:{tree.lines[key]}: {path}"
+            yield path, "none" if value == [] else plain(value), where
+
+
+def check_value(value: Any, where: str) -> None:
+    """Refuses a value, or what a list or table holds, that no flag of any script takes."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, (list, dict)):
+            parts += part if isinstance(part, list) else [*part, *part.values()]
+        elif isinstance(part, str):
+            if len(part) > MAX_TEXT or UNPRINTABLE.search(part):
+                raise InputError(
+                    f"{where} is longer than {MAX_TEXT:,} characters or has control characters: "
+                    "give a line of text"
+                )
+        elif isinstance(part, (int, float)):  # not <=, which is false of NaN too
+            if not abs(part) <= MAX_NUMBER:
+                raise InputError(f"{where} is no number of at most {MAX_NUMBER:.0e}: give one")
+        elif part is not None:
+            kind = type(part).__name__
+            raise InputError(f"{where} is a {kind}: give text in quotes, a number, true or false")
 
 
 def meaning(path: str, flags: dict[str, Flag]) -> str | None:
@@ -281,18 +479,19 @@ def meaning(path: str, flags: dict[str, Flag]) -> str | None:
     return flags[name].name if name in flags else None
 
 
-def transformers_flags() -> list[str]:
-    """The flags that every training script takes besides; takes seconds, for rare keys."""
+def transformers_flags() -> dict[str, bool]:
+    """{flag: whether it takes a list} of what every training script takes besides; takes seconds,
+    for rare keys."""
     from dataclasses import fields
 
     from transformers import TrainingArguments
 
-    return [item.name for item in fields(TrainingArguments)]
+    return {item.name: "list" in str(item.type) for item in fields(TrainingArguments)}
 
 
 def nearest(path: str, names: list[str]) -> str:
     """The name that a mistyped key may have meant, as the end of a sentence."""
-    section, _, leaf = path.rpartition(".")
+    section, _, leaf = path[-MAX_KEY:].rpartition(".")
 
     def likeness(name: str) -> float:
         above, _, last = name.rpartition(".")
@@ -309,10 +508,11 @@ def collect(
     """{flag or fact: what is given} of (path, value, where).
 
     Raises:
-        InputError: on a key that means nothing, or two keys that mean one thing differently.
+        InputError: on a key that means nothing, a value that is none for its key, or two keys that
+            mean one thing differently.
     """
     given: dict[str, Given] = {}
-    theirs: list[str] = []
+    theirs: dict[str, bool] = {}
     for path, value, where in items:
         target = meaning(path, flags)
         if target not in (*FACTS, *flags):
@@ -324,18 +524,42 @@ def collect(
                 hint = nearest(path, [*KEYS, *FACTS, *flags, *theirs])
                 raise InputError(f"{where} is no key this program knows: {hint}")
             target = name
+        flag = flags.get(target)
         value = VALUES.get(target, {}).get(str(value), value)
-        counts = type(value) is int and value > 0
+        if isinstance(value, dict) and not path.endswith(("_kwargs", "_config")):
+            raise InputError(f"{where} is a table: give a value")
+        several = flag.several if flag else theirs.get(target, False)
+        if isinstance(value, list) and not (
+            several and all(isinstance(part, (str, int, float)) for part in value)
+        ):
+            raise InputError(f"{where} is a list: give {'a plain one' if several else 'one value'}")
+        counts = type(value) is int and 0 < value <= MAX_COUNT
         if target in COUNTS and not (counts or (value == "auto" and target in MAY_BE_AUTO)):
             or_auto = " or auto" if target in MAY_BE_AUTO else ""
             raise InputError(f"{where} is {value!r}: give a whole number above 0{or_auto}")
-        if target in PATHS and not isinstance(value, list):
-            value = str(value)
+        if target == "num_layers" and value > MAX_LAYERS:
+            raise InputError(f"{where} is {value!r}: give at most {MAX_LAYERS:,}")
+        if target in FROM_ZERO and not (type(value) is int and 0 <= value <= MAX_COUNT):
+            raise InputError(f"{where} is {value!r}: give a whole number, 0 or more")
+        if target in TRUE_OR_FALSE and not isinstance(value, bool):
+            raise InputError(f"{where} is {value!r}: give true or false")
+        if (
+            flag
+            and not flag.choices
+            and target not in COUNTS
+            and type(flag.default) in (int, float)
+            and type(value) not in (int, float)
+        ):
+            raise InputError(f"{where} is {value!r}: give a number")
+        if target in PATHS:
+            value = [*map(str, value)] if isinstance(value, list) else str(value)
         if target in flags and (choices := flags[target].choices) and str(value) not in choices:
             raise InputError(f"{where} is {value!r}: give {' or '.join(choices)}")
         if target in given and given[target].value != value:
+            one, other = value, given[target].value
+            shown = (HIDDEN, HIDDEN) if is_secret(target) else (repr(one), repr(other))
             raise InputError(
-                f"{where} is {value!r} and {given[target].where} is {given[target].value!r}, "
+                f"{where} is {shown[0]} and {given[target].where} is {shown[1]}, "
                 "which mean the same: leave one of them out"
             )
         given.setdefault(target, Given(value, where))
@@ -360,7 +584,8 @@ def command_line_items(words: list[str]) -> list[tuple[str, Any, str]]:
 
 
 LAUNCH_FLAGS = (  # of this program's own command line, which are facts in a file
-    "strategy num_processes num_machines machine_rank main_process_ip main_process_port"
+    "strategy num_processes num_machines machine_rank main_process_ip main_process_port "
+    "max_restarts"
 ).split()
 
 
@@ -368,7 +593,7 @@ def find_task(items: list[tuple[str, Any, str]]) -> str:
     """The task named, or else the only one that the keys given can belong to."""
     for path, value, where in items:
         if meaning(path, {}) == "task":
-            if value not in SCRIPTS:
+            if not isinstance(value, str) or value not in SCRIPTS:
                 raise InputError(f"{where} is {value!r}: give {', '.join(SCRIPTS)}")
             return value
     names = {path.rpartition(".")[2] for path, _, _ in items}
@@ -386,6 +611,11 @@ class Run:
     defaults: dict[str, Any]  # the script's, of the flags that are not given
     facts: dict[str, Given]
     bare: set[str] = field(default_factory=set)  # flags without a value
+    places: dict[str, str] = field(default_factory=dict)  # where each flag and fact is given
+
+    def where(self, name: str) -> str:
+        """Where a flag or fact is given, to begin an error with."""
+        return self.places.get(name, f"{self.file}:1: {name}")
 
     def get(self, name: str) -> Any:
         """A flag's value, whether it is given or the script's default."""
@@ -403,7 +633,7 @@ def read_run(
     Raises:
         InputError: naming file, key and remedy.
     """
-    in_file = [(key, value, f"{path}: {key}") for key, value in leaves(read_file(Path(path)))]
+    in_file = list(leaves(read_file(Path(path)), path))
     above = command_line_items(options.training_flags)
     for name, key in [("dataset", "train_data"), ("examples", "max_train_samples")]:
         if getattr(options, name, None) is not None:
@@ -414,6 +644,8 @@ def read_run(
     if getattr(options, "deepspeed_config", None):
         above.append(("deepspeed", options.deepspeed_config, "--deepspeed_config"))
 
+    for _, value, where in [*above, *in_file]:
+        check_value(value, where)
     task = find_task([*above, *in_file])
     script = root / SCRIPTS[task]
     known = read_flags(script)
@@ -429,6 +661,7 @@ def read_run(
         given.pop("target_tokens_per_device_step", None)
     given |= stronger
 
+    places = {name: where for name, (_, where) in given.items()}
     facts = {name: given.pop(name) for name in FACTS if name in given}
     run = Run(
         file=path,
@@ -438,6 +671,7 @@ def read_run(
         defaults={flag.name: flag.default for flag in known.values()},
         facts=facts,
         bare={flag.name for flag in known.values() if flag.bare},
+        places=places,
     )
     decide_tuning(run, known)
     decide_precision(run)
@@ -476,8 +710,8 @@ def decide_tuning(run: Run, known: dict[str, Flag]) -> None:
         run.flags["task"] = run.task
     elif mode in ("full", "scratch"):
         raise InputError(
-            f"{run.file}: mode {mode} is not for task {run.task}, which trains a LoRA: give "
-            "mode lora, or another task"
+            f"{run.where('tuning')}: mode {mode} is not for task {run.task}, which trains a LoRA: "
+            "give mode lora, or another task"
         )
     elif mode == "qlora" and not run.flags.get("load_in_8bit"):
         put(run, "load_in_4bit", True, "use_qlora" if "use_qlora" in run.facts else "tuning")
@@ -492,7 +726,7 @@ def decide_precision(run: Run) -> None:
         for name in ("bf16", "fp16"):
             put(run, name, name == word, "mixed_precision")
     if run.flags.get("bf16") is True and run.flags.get("fp16") is True:
-        raise InputError(f"{run.file}: bf16 and fp16 are both true: give one of them")
+        raise InputError(f"{run.where('bf16')}: bf16 and fp16 are both true: give one of them")
 
 
 def decide_evaluation(run: Run, known: dict[str, Flag]) -> None:
@@ -508,7 +742,7 @@ def decide_evaluation(run: Run, known: dict[str, Flag]) -> None:
             )
         if "evaluation" in known and run.flags.setdefault("evaluation", "off") != "off":
             raise InputError(
-                f"{run.file}: evaluation is {run.flags['evaluation']} and eval_strategy is no: "
+                f"{run.where('evaluation')} is {run.flags['evaluation']} and eval_strategy is no: "
                 "leave one of them out"
             )
     elif by_generation is not None:
@@ -523,7 +757,8 @@ def decide_evaluation(run: Run, known: dict[str, Flag]) -> None:
 def check_data(run: Run, must_exist: bool) -> None:
     """Names a confidence run's validation sets; refuses files that must be there and are not."""
     if run.task == "cpt_mixed" and not run.get("chat_data"):
-        raise InputError(f"{run.file}: task cpt_mixed needs chats beside the texts: give chat_data")
+        where = run.where("task")
+        raise InputError(f"{where} is cpt_mixed, which needs chats beside texts: give chat_data")
     for name in ("train_data", "chat_data", "val_data"):
         held = run.get(name)
         for item in held if isinstance(held, list) else [held] if held else []:
@@ -533,11 +768,12 @@ def check_data(run: Run, must_exist: bool) -> None:
                     run.flags[name] = f"{Path(item).stem.partition('.')[0]}={item}"
                 if ":" in path:
                     continue  # of the Hugging Face Hub
-            if must_exist and not Path(path).exists():
+            if must_exist and not os.path.exists(path):
                 remedy = "name another with --dataset" if name == "train_data" else \
                     f"name another with --{name}"  # fmt: skip
                 made = " (tag_answers.py makes it)" if run.task == "confidence" else ""
-                raise InputError(f"{run.file}: {name} {path} does not exist{made}: {remedy}")
+                where = run.where(name)
+                raise InputError(f"{where}: {name} {path} does not exist{made}: {remedy}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -627,8 +863,8 @@ def model_config(run: Run) -> Any:
     if run.flags.get("tuning") == "scratch":
         if run.get("hidden_size") % run.get("num_heads"):
             raise InputError(
-                f"hidden_size {run.get('hidden_size')} cannot be divided among num_heads "
-                f"{run.get('num_heads')}"
+                f"{run.where('hidden_size')} is {run.get('hidden_size')}, which cannot be divided "
+                f"among num_heads {run.get('num_heads')}: change one of them"
             )
         return AutoConfig.for_model(
             run.get("model_type") or "llama",
@@ -643,16 +879,16 @@ def model_config(run: Run) -> Any:
         )
     name = run.get("model_name")
     trust = bool(run.get("trust_remote_code"))
-    for pattern, shape in [] if Path(name).is_dir() else SHAPES.items():
+    for pattern, shape in [] if os.path.isdir(name) else SHAPES.items():
         if re.fullmatch(pattern, name):
             return AutoConfig.for_model(**dict(zip(SHAPE_WORDS, shape)))
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         raise UnknownModel(
-            f"the size of model {name} is not known: give a folder that holds its config.json, "
-            f"fetch that file with `hf download {name} config.json`, or add the shape to SHAPES in "
-            "plan_training.py"
+            f"{run.where('model_name')}: the size of model {name} is not known: give a folder that "
+            f"holds its config.json, fetch that file with `hf download {name} config.json`, or add "
+            "the shape to SHAPES in plan_training.py"
         ) from error
 
 
@@ -712,10 +948,7 @@ def count_model(
             for p in everything
         )
         adapter = LoraConfig(task_type="CAUSAL_LM", r=lora_r, target_modules=target_modules)
-        try:
-            wrapped = get_peft_model(model, adapter, low_cpu_mem_usage=True)
-        except ValueError as error:
-            raise InputError(f"target_modules {target_modules}: {error}") from error
+        wrapped = get_peft_model(model, adapter, low_cpu_mem_usage=True)
         trained = [p for p in wrapped.parameters() if p.requires_grad]
     return Size(
         config=config.get_text_config(),
@@ -860,15 +1093,26 @@ def measure_run(run: Run, half: bool) -> Memory:
     modules = modules if isinstance(modules, list) else [modules]
     if modules == ["all-linear"]:
         modules = "all-linear"
-    size = count_model(
-        model_config(run),
-        tuning,
-        2 if half else 4,
-        bits,
-        run.get("lora_r"),
-        modules,
-        bool(run.get("trust_remote_code")),
-    )
+    try:
+        size = count_model(
+            model_config(run),
+            tuning,
+            2 if half else 4,
+            bits,
+            run.get("lora_r"),
+            modules,
+            bool(run.get("trust_remote_code")),
+        )
+    except InputError:
+        raise
+    except Exception as error:  # transformers and peft refuse sizes and modules in many ways
+        likely = "target_modules model_type hidden_size num_layers num_heads vocab_size"
+        known = [name for name in likely.split() if name in run.flags]
+        where = run.where(known[0] if known else "model_name")
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{where}: no such model can be built: {reason:.300}; change it"
+        ) from error
     length, activated = run.get("max_seq_length"), run.get("adapter") == "activated"
     answer = min(run.get("max_new_tokens"), length)  # tokens; marker and tag are held too
     return Memory(
@@ -941,7 +1185,8 @@ def count_processes(run: Run, here: Hardware, real: bool) -> tuple[int, int]:
     name = next(iter(asked), None)
     total = asked[name] if name else max(1, len(here.gpus)) * machines
     if total < 1 or total % machines:
-        raise InputError(f"{run.file}: {total} processes cannot be spread over {machines} machines")
+        where = run.where(name or "num_machines")
+        raise InputError(f"{where}: {total} processes cannot be spread over {machines} machines")
     needs_gpus = here.gpus or {"gpu_count", "gpus_per_node"} & asked.keys()
     if real and name and needs_gpus and len(here.gpus) < total // machines:
         raise InputError(
@@ -1011,13 +1256,48 @@ def named_strategy(run: Run, processes: int) -> tuple[str, str] | None:
 
 def strategy_of_json(path: str, where: str) -> str:
     """Which of our strategies a DeepSpeed configuration amounts to, for the memory estimate."""
+    config = read_json(path, where)
+    zero = config.get("zero_optimization") or {}
+    offload = (zero.get("offload_param") or {}) if isinstance(zero, dict) else None
+    if not isinstance(offload, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise InputError(
+            f"{where} is {path!r}, whose zero_optimization has no stage 0 to 3: mend it"
+        )
+    offloads, stage = offload.get("device", "none") != "none", zero.get("stage", 0)
+    return "ddp" if stage < 1 else "zero2" if stage < 3 else f"zero3{'_offload' * offloads}"
+
+
+def read_json(path: str, where: str) -> dict[str, Any]:
+    """A small JSON file that is one object.
+
+    Raises:
+        InputError: headed by `where` it is named, with file, line and reason, if it is none.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
     try:
-        zero = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {})
-    except (OSError, TypeError, ValueError) as error:
-        raise InputError(f"{where} is {path!r}, which is no JSON file that can be read") from error
-    offload = zero.get("offload_param", {}).get("device", "none") != "none"
-    stage = zero.get("stage", 0)
-    return "ddp" if stage < 1 else "zero2" if stage < 3 else f"zero3{'_offload' * offload}"
+        config = json.loads(
+            read_text(Path(str(path))), object_pairs_hook=unique, parse_constant=refuse
+        )
+        if not isinstance(config, dict):
+            raise ValueError("this is no object")
+    except InputError as error:
+        reason = str(error)
+    except json.JSONDecodeError as error:
+        reason = f"{path}:{error.lineno}: {error.msg}"
+    except (ValueError, RecursionError) as error:
+        reason = f"{path}:1: {error!s:.100}"
+    else:
+        return config
+    raise InputError(f"{where} is {path!r}, which is no JSON file that can be read: {reason}")
 
 
 def candidates(run: Run, deepspeed: bool = True) -> list[str]:
@@ -1085,12 +1365,12 @@ def split_update(run: Run, replicas: int) -> tuple[int | None, int | None, int]:
         share = max(unit, share // unit * unit)
         put(run, "global_batch_size", share * replicas, "target_tokens_per_device_step")
         total = share * replicas
-    where = f"{run.file}: global_batch_size {total} is not"
+    where = f"{run.where('global_batch_size')}: global_batch_size {total} is not"
     if batch == "auto":
         if accumulation != "auto":
             raise InputError(
-                f"{run.file}: batch_size auto decides gradient_accumulation_steps too, which is "
-                f"{accumulation}: give global_batch_size in its place"
+                f"{run.where('batch_size')}: auto decides gradient_accumulation_steps too, which "
+                f"is {accumulation}: give global_batch_size in its place"
             )
         if total and total % replicas:
             raise InputError(f"{where} a multiple of {replicas} processes")
@@ -1117,12 +1397,12 @@ def planned_batch(
     """
     if gpu is None:
         raise InputError(
-            f"{run.file}: with {strategy} the script measures no batch, and no GPU is known to "
-            "estimate one for: give batch_size"
+            f"{run.where('batch_size')}: with {strategy} the script measures no batch, and no GPU "
+            "is known to estimate one for: give batch_size"
         )
     recompute = bool(run.flags.get("gradient_checkpointing"))
     most = max(1, largest_batch(memory, strategy, processes, gpu, recompute))
-    batch = max(size for size in range(1, share + 1) if share % size == 0 and size <= most)
+    batch = max(size for size in range(1, min(share, most) + 1) if share % size == 0)
     run.flags |= {"batch_size": batch, "gradient_accumulation_steps": share // batch}
     return batch, share // batch
 
@@ -1132,6 +1412,8 @@ def make_launch(
 ) -> Launch:
     """Decides everything; changes and starts nothing. `real`: not only to be shown."""
     if getattr(options, "gpus", None) or getattr(options, "nodes", None):
+        if min(options.gpus or 1, options.nodes or 1) < 1:
+            raise InputError("--gpus and --nodes are counts: give numbers above 0")
         machines = options.nodes or run.fact("num_machines", 1)
         each = options.gpus or max(1, len(here.gpus))
         for name in ("num_processes", "gpus_per_node"):
@@ -1214,7 +1496,9 @@ def build_command(launch: Launch, real: bool, root: Path) -> list[str]:
     script = os.path.relpath(run.script) if Path.cwd() == root else str(run.script)
     strategies = Path("configs/strategies") if Path.cwd() == root else root / "configs/strategies"
     words, leave_out = [sys.executable], ()
-    if "deepspeed" in run.facts:  # transformers reads DeepSpeed's file; any launcher will do
+    restarts = ["--max_restarts", str(count)] if (count := run.fact("max_restarts")) else []
+    # transformers reads DeepSpeed's file, so any launcher will do; plain python restarts nothing
+    if "deepspeed" in run.facts or (restarts and launch.strategy == "single"):
         words += ["-m", "torch.distributed.run", "--nproc_per_node"]
         words += [str(launch.processes // launch.machines)]
         if several:
@@ -1222,7 +1506,9 @@ def build_command(launch: Launch, real: bool, root: Path) -> list[str]:
             words += ["--master_addr", address, "--master_port", port]
         else:
             words += ["--standalone"]
-        run.flags["deepspeed"] = run.fact("deepspeed")
+        words += restarts
+        if "deepspeed" in run.facts:
+            run.flags["deepspeed"] = run.fact("deepspeed")
     elif launch.strategy != "single":
         words += ["-m", "accelerate.commands.launch"]
         words += ["--config_file", str(strategies / f"{launch.strategy}.yaml")]
@@ -1232,7 +1518,7 @@ def build_command(launch: Launch, real: bool, root: Path) -> list[str]:
             words += ["--main_process_ip", address]
             if launch.strategy.startswith("zero"):  # its own launcher would log in by ssh
                 words += ["--deepspeed_multinode_launcher", "standard"]
-        words += ["--main_process_port", port]
+        words += ["--main_process_port", port, *restarts]
         if launch.strategy == "tp":
             words += ["--parallelism_config_tp_size", str(launch.processes)]
         if launch.strategy == "fsdp2" and launch.checkpointing:
@@ -1283,18 +1569,36 @@ def gpu_words(gpus: list[Gpu]) -> str:
 
 
 def start(launch: Launch, tensorboard: bool) -> int:
-    """Runs the command in this process's place, or with TensorBoard as long as it runs."""
+    """Runs the command in this process's place, or with TensorBoard as long as it runs. Then what
+    this process is told to stop by reaches the training, once, and its exit code is returned: 128
+    and the number of the signal that killed it, if one did."""
     environment = {**os.environ, **launch.environment}
     sys.stdout.flush()
     if not tensorboard:
         os.execvpe(launch.command[0], launch.command, environment)
+    training: subprocess.Popen | None = None
+    told: list[int] = []
+
+    def forward(number: int, _: Any) -> None:
+        told.append(number)
+        if training:
+            training.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, forward)
     logs = Path(launch.run.get("output_dir")) / "logs"
-    board = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", str(logs)])
+    board = [sys.executable, "-m", "tensorboard.main", "--host", "localhost", "--logdir", str(logs)]
+    # In groups of their own, since a terminal sends Ctrl-C to the whole of this one
+    viewer = subprocess.Popen(board, process_group=0)
     try:
-        return subprocess.run(launch.command, env=environment, check=False).returncode
+        training = subprocess.Popen(launch.command, env=environment, process_group=0)
+        for number in told:  # before there was a training to tell
+            training.send_signal(number)
+        code = training.wait()
+        return code if code >= 0 else 128 - code
     finally:
-        board.terminate()
-        board.wait()
+        viewer.terminate()
+        viewer.wait()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1394,20 +1698,39 @@ def count_data(run: Run, tokens_per_record: float | None) -> tuple[int, float, s
 
 
 def count_records(path: Path, most: float) -> tuple[int, int]:
-    """(records, characters) of the first `most` records: lines of .jsonl, other files whole."""
-    import gzip
+    """(records, characters) of the first `most` records: lines of .jsonl, other files whole.
 
+    Raises:
+        InputError: with file and line, if a file cannot be read to its end.
+    """
     inside = sorted(part for part in path.rglob("*") if part.is_file())
     inside = [file for file in inside if file.name.endswith(TEXT_FILES)]
-    files = inside if path.is_dir() else [path]
     count = characters = 0
-    for file in files:
-        opener = gzip.open if file.suffix == ".gz" else open
-        with opener(file, "rt", encoding="utf-8", errors="replace") as text:
-            lines = text if ".jsonl" in file.name else [text.read()]
-            for line in lines:
-                if count < most and line.strip():
-                    count, characters = count + 1, characters + len(line)
+    for file in inside if path.is_dir() else [path]:
+        if not file.is_file():
+            raise InputError(f"{file} cannot be read: it is no file; give the path of one")
+        whole, number, length, blank = ".jsonl" not in file.name, 1, 0, True
+        largest = max(MAX_UNPACKED, MAX_RATIO * file.stat().st_size)
+        try:
+            with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as data:
+                while count < most:
+                    piece = data.readline(2**20)
+                    ends = piece.endswith(b"\n")
+                    length += len(piece.decode(errors="replace"))
+                    blank = blank and not piece.strip()
+                    if not piece or (ends and not whole):
+                        count, characters = count + (not blank), characters + length * (not blank)
+                        length, blank = 0, True
+                    if not piece:
+                        break
+                    number += ends
+                    if data.tell() > largest:
+                        raise InputError(
+                            f"{file}:{number}: it unpacks to more than {MAX_RATIO} times its size "
+                            f"and {MAX_UNPACKED >> 20} MiB; unpack it yourself if it is meant"
+                        )
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{file}:{number}: {error}; make the file anew") from error
     return count, characters
 
 
@@ -1419,23 +1742,25 @@ def measured_rate(folder: str, launch: Launch) -> float:
     """
     path = Path(folder, "summary.json")
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        rate, processes = summary["train_tokens_per_second"], summary["num_processes"]
-    except (OSError, ValueError, KeyError) as error:
+        summary = read_json(str(path), "--measured")
+        rate = summary["train_tokens_per_second"] / summary["num_processes"]
+        if not rate > 0:
+            raise ValueError
+    except (InputError, ArithmeticError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--measured {folder} holds no finished run (summary.json)") from error
     if summary.get("model_name") != launch.run.get("model_name"):
         raise InputError(
             f"--measured {folder} is a run of {summary.get('model_name')}, whose speed says "
             f"nothing of {launch.run.get('model_name')}: give a run of the same model"
         )
-    return rate / processes * launch.processes
+    return rate * launch.processes
 
 
 def plan_lines(launch: Launch, options: argparse.Namespace) -> list[str]:
     """Records, steps, and the time they take where a rate is known."""
     run = launch.run
     for name in ("train_data", "chat_data"):
-        if run.get(name) and not Path(run.get(name)).exists():
+        if run.get(name) and not os.path.exists(run.get(name)):
             return [f"data: {name} {run.get(name)} is not here: steps and time are unknown"]
     count, tokens, how = count_data(run, options.tokens_per_record)
     epochs, most = run.get("num_epochs"), run.get("max_steps")
@@ -1476,7 +1801,7 @@ def slurm_script(launch: Launch) -> str:
     script = (ROOT / "cluster" / "slurm.sbatch").read_text(encoding="utf-8")
     gpus = launch.processes // launch.machines
     for place, value in (
-        ("#SBATCH --job-name=", resource_name(launch.run.flags["output_dir"])),
+        ("#SBATCH --job-name=", resource_name(launch.run.get("output_dir"))),
         ("#SBATCH --nodes=", str(launch.machines)),
         ("#SBATCH --gpus-per-node=", str(gpus)),
         ("#SBATCH --cpus-per-task=", str(CPUS_PER_GPU * gpus)),
@@ -1493,10 +1818,11 @@ def kubernetes_manifest(launch: Launch) -> str:
 
     text = (ROOT / "cluster" / "kubernetes.yaml").read_text(encoding="utf-8")
     volume, job = yaml.safe_load_all(text)
-    job["metadata"]["name"] = resource_name(launch.run.flags["output_dir"])
+    job["metadata"]["name"] = resource_name(launch.run.get("output_dir"))
     trainer, gpus = job["spec"]["trainer"], launch.processes // launch.machines
     trainer |= {"numNodes": launch.machines, "numProcPerNode": gpus}
-    trainer["args"][1] = launch.run.file  # launch FILE …
+    # launch FILE …, of which Kubernetes shall expand no $(VARIABLE)
+    trainer["args"][1] = launch.run.file.replace("$", "$$")
     trainer["resourcesPerNode"]["limits"] |= {"nvidia.com/gpu": gpus, "cpu": CPUS_PER_GPU * gpus}
     return yaml.safe_dump_all([volume, job], sort_keys=False, allow_unicode=True)
 
@@ -1512,9 +1838,36 @@ def resource_name(folder: str) -> str:
 # Commands
 
 
+HIDDEN = "***"  # in place of a secret
+
+
+def is_secret(name: str) -> bool:
+    """Whether a flag's value must not be shown."""
+    return name.endswith("token")
+
+
+def take_secrets(words: list[str]) -> tuple[list[str], list[str]]:
+    """(a command line without its secret flags, these with their values): taken out first, no
+    mistake in the rest can have a secret shown as something else."""
+    rest, secrets, left = [], [], iter(words)
+    for word in left:
+        name, equals, _ = word.partition("=")
+        if name.startswith("--") and is_secret(name):
+            secrets += [word] if equals else [word, *[value for value in [next(left, "")] if value]]
+        else:
+            rest.append(word)
+    return rest, secrets
+
+
 def show_command(launch: Launch) -> str:
-    settings = [f"{name}={shlex.quote(value)}" for name, value in launch.environment.items()]
-    return " ".join([*settings, shlex.join(launch.command)])
+    """The command as a shell takes it, but for secrets."""
+    words = [f"{name}={shlex.quote(value)}" for name, value in launch.environment.items()]
+    before = ""
+    for word in launch.command:
+        secret = before.startswith("--") and is_secret(before)
+        words.append(HIDDEN if secret else shlex.quote(word))
+        before = word
+    return " ".join(words)
 
 
 def command_launch(options: argparse.Namespace, here: Hardware, root: Path) -> int:
@@ -1609,6 +1962,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     launch.add_argument("--tensorboard", action="store_true", help="run a TensorBoard beside it")
     for one in (launch, plan):
+        one.add_argument(
+            "--max_restarts", type=int, metavar="N", help="start it anew so often if it fails"
+        )
         one.add_argument("--num_machines", type=int, metavar="N")
         one.add_argument("--machine_rank", type=int, metavar="R", help="this machine's, from 0")
         one.add_argument("--main_process_ip", metavar="HOST", help="of the machine of rank 0")
@@ -1629,9 +1985,11 @@ def main(argv: list[str] | None = None, here: Hardware | None = None, root: Path
     """Runs a command and returns its exit code. `here` and `root` stand in for this machine's
     hardware and this repository."""
     parser = build_parser()
-    options, rest = parser.parse_known_args(argv)
+    words, secrets = take_secrets(sys.argv[1:] if argv is None else argv)
+    options, rest = parser.parse_known_args(words)
+    rest += secrets
     if rest and options.name == "hardware":
-        parser.error(f"unknown argument {rest[0]}")
+        parser.error(f"unknown argument {rest[0].partition('=')[0]}")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of kernels nobody asked for
     options.training_flags = [word for word in rest if word != "--"]
     try:

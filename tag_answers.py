@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_seq_length", type=int, default=2048, help="longest prompt, tokens")
     parser.add_argument("--batch_size", type=int, default=32, help="answers at a time, a process")
     parser.add_argument("--limit", type=int, help="answer only the first so many questions")
+    parser.add_argument("--skip_bad_records", action="store_true", help="leave bad lines out")
     parser.add_argument("--seed", type=int, default=42, help="of the split")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     return parser
@@ -61,16 +62,29 @@ def is_validation(key: str, share: float, seed: int) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
+ANSWER = {"key": str, "response": str, "finished": bool}  # a line of answers-N.jsonl
+
+
+def parse_answer(line: str) -> dict:
+    """One line of an answers file. ValueError, with the reason in words, if it is none."""
+    from train_confidence_lora import parse_object
+
+    answer = parse_object(line)
+    for name, kind in ANSWER.items():
+        if not isinstance(answer.get(name), kind):
+            raise ValueError(f'"{name}" must be a {kind.__name__}')
+    return answer
+
+
 def read_answers(folder: Path) -> dict[str, dict]:
-    """Answers of earlier, interrupted runs by question key. A last line cut short is dropped."""
+    """Answers of earlier, interrupted runs by question key. What is no answer, as a line that a
+    kill cut short, is dropped: its question is asked again."""
+    from train_confidence_lora import parse_lines
+
     answers = {}
     for path in sorted(folder.glob("answers-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                answer = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            answers[answer["key"]] = answer
+        found, _, _ = parse_lines(path, parse_answer)
+        answers |= {answer["key"]: {name: answer[name] for name in ANSWER} for answer in found}
     return answers
 
 
@@ -120,7 +134,8 @@ def answer_questions(arguments: argparse.Namespace, records: list[Record], folde
                     model, tokenizer, [prompts[i] for i in batch], arguments.max_new_tokens
                 )
             for i, ids, finished in zip(batch, generated.answers, generated.finished):
-                response = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                response = text.replace("\0", "").strip()  # NUL, which no reader takes
                 row = {"key": question_key(fitting[i]), "response": response, "finished": finished}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
@@ -154,7 +169,7 @@ def tag(records: list[Record], answers: dict[str, dict]) -> tuple[list[dict], Co
             continue
         counts["right" if judged.correct else "wrong"] += 1
         pair = confidence.CONFIDENCE_TOKENS[confidence.DATASETS[record["dataset"]].domain]
-        kept = {key: value for key, value in record.items() if key != "line"}
+        kept = {key: value for key, value in record.items() if key not in ("file", "line")}
         kept["tagged_response"] = f"{answer['response']} {pair[not judged.correct]}"
         tagged.append(kept)
     return tagged, counts
@@ -169,10 +184,11 @@ def run(arguments: argparse.Namespace) -> None:
     stem = output.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix("_all_tagged")
     if not 0 <= arguments.val_fraction < 1:
         raise confidence.InputError(f"--val_fraction {arguments.val_fraction}: give 0 to below 1")
-    records = confidence.read_records(arguments.questions)[: arguments.limit]
+    records = confidence.read_records(arguments.questions, arguments.skip_bad_records)
+    records = records[: arguments.limit]
     for record in records:
         if record.get("answer") is None:
-            where = f"{arguments.questions}:{record['line']}"
+            where = f"{record['file']}:{record['line']}"
             raise confidence.InputError(f'{where}: "answer" is missing: nothing to judge by')
     unique = {question_key(record): record for record in records}
     if len(unique) < len(records):
@@ -214,18 +230,18 @@ def check_same_run(folder: Path, arguments: argparse.Namespace) -> None:
     Raises:
         InputError: naming what differs.
     """
-    from train_confidence_lora import InputError
+    from train_confidence_lora import InputError, parse_object, read_records
 
     settings = {key: getattr(arguments, key) for key in ("model_name", "max_new_tokens")}
     path = folder / "settings.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if path.is_file():
-            earlier = json.loads(path.read_text(encoding="utf-8"))
+            earlier, *_ = read_records(path, parse=parse_object)
             for key, value in settings.items():
-                if earlier[key] != value:
+                if (made := earlier.get(key)) != value:
                     raise InputError(
-                        f"{folder} holds answers made with --{key} {earlier[key]}, not {value}; "
+                        f"{folder} holds answers made with --{key} {made}, not {value}; "
                         "give another --output or delete that folder"
                     )
         else:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import codecs
 import ctypes
 import difflib
 import gc
@@ -40,6 +41,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -49,12 +51,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from functools import lru_cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypedDict
+from typing import Any, BinaryIO, ClassVar, NamedTuple, TypedDict
 
 # ------------------------------------------------------------------------------------------------
 # Constants to edit: each is the default of the flag beside it
@@ -135,6 +137,11 @@ DATASETS: dict[str, Dataset] = {  # your own dataset is one line here
 
 MIN_ANSWER_TOKENS = 16  # what truncation always leaves of an answer
 ECE_BINS = 15  # equal-width bins of the expected calibration error
+MAX_LINE_BYTES = 16 * 2**20  # of a data file; a longer line is a bad one
+MAX_LINE_VALUES = 1_000_000  # in one line, each of which takes up to 200 bytes
+MAX_NESTING = 64  # objects and lists within each other
+MAX_UNPACKED, MAX_RATIO = 100 * 2**20, 100  # a .gz file may exceed either, in bytes, but not both
+LISTED = 20  # bad lines told one by one
 LOWER_IS_BETTER = tuple("calibration_error ece brier nll rate runtime loss perplexity".split())
 
 
@@ -171,10 +178,12 @@ def say(text: str) -> None:
             sys.stdout.flush()
 
 
-def listing(lines: list[str]) -> str:
-    """The first 20 lines, indented, and how many more there are."""
-    more = [f"… and {len(lines) - 20} more"] if len(lines) > 20 else []
-    return "\n".join(f"  {line}" for line in [*lines[:20], *more])
+def listing(lines: list[str], count: int | None = None) -> str:
+    """The first LISTED lines, indented, and how many more of `count` (default: `lines`) there
+    are."""
+    count = len(lines) if count is None else count
+    more = [f"… and {count - LISTED} more"] if count > LISTED else []
+    return "\n".join(f"  {line}" for line in [*lines[:LISTED], *more])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -408,7 +417,7 @@ def parse_command_line(
             flags = {*parser._option_string_actions, *theirs._option_string_actions}
             near = difflib.get_close_matches(unknown[0].partition("=")[0], sorted(flags), 1)
             hint = f", did you mean {near[0]}?" if near else ""
-            parser.error(f"unknown argument {unknown[0]}{hint}")
+            parser.error(f"unknown argument {unknown[0].partition('=')[0]}{hint}")
         training |= vars(values)
     return settings, training
 
@@ -511,21 +520,80 @@ class Record(TypedDict, total=False):
     tagged_response: str  # the model's answer and its tag, as in the file
     response: str  # the answer without the tag
     confident: bool  # whether the tag is the C one, which is to say: the answer was right
-    line: int  # of the file it came from, counted from 1
+    file: str  # that it came from
+    line: int  # of that file, counted from 1
 
 
 TAG_PATTERN = re.compile(r"<[CU]_[A-Z]+>")
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError if a key is there twice, where json would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(key, count)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} is there {count} times")
+    return found
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def parse_object(line: str) -> dict[str, Any]:
-    """A line as a JSON object. ValueError, with the reason in words, if it is none."""
+    """A line as a JSON object. ValueError, with the reason in words, if it is none, or if it holds
+    what later work chokes on: NUL, half a surrogate pair, a key twice, absurd numbers or nesting.
+    """
+    if "\0" in line:
+        raise ValueError(f"a NUL character at column {line.index(chr(0)) + 1}")
+    if len(line) > MAX_LINE_VALUES:
+        bare = JSON_STRING.sub("", line)
+        if sum(map(bare.count, "[{,:")) > MAX_LINE_VALUES:
+            raise ValueError(f"more than {MAX_LINE_VALUES:,} values in one line")
     try:
-        record = json.loads(line)
+        record = DECODER.decode(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_NESTING} levels") from None
+    except ValueError as error:
+        if "integer string conversion" in str(error):
+            limit = sys.get_int_max_str_digits()
+            raise ValueError(f"a number of more than {limit} digits") from None
+        raise
     if not isinstance(record, dict):
         raise ValueError(f"a record is a JSON object, this is a {type(record).__name__}")
+    check_values(record, escapes="\\u" in line)
     return record
+
+
+def check_values(record: dict[str, Any], escapes: bool) -> None:
+    """ValueError if a parsed object is nested too deep, or holds a number or a text that JSON can
+    write and nothing can use. `escapes`: it was written with some, so look at its texts."""
+    level: list[Any] = [record]
+    for _ in range(MAX_NESTING):
+        parts: list[Any] = []
+        for group in level:
+            parts += group
+            if isinstance(group, dict):
+                parts += group.values()
+        for part in parts:
+            if isinstance(part, float) and not math.isfinite(part):
+                raise ValueError("a number too large for a float")
+            if escapes and isinstance(part, str):
+                if "\0" in part:
+                    raise ValueError("a NUL character, written \\u0000")
+                if half := LONE_SURROGATE.search(part):
+                    raise ValueError(f"half a surrogate pair, \\u{ord(half[0]):04x}")
+        level = [part for part in parts if isinstance(part, (dict, list))]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_NESTING} levels")
 
 
 def parse_record(line: str) -> Record:
@@ -549,10 +617,22 @@ def parse_record(line: str) -> Record:
         and all(isinstance(part, str) for pair in options.items() for part in pair)
     ):
         raise ValueError('"options" must be an object of strings, {"A": "...", "B": "..."}')
+    for derived in ("response", "confident"):  # of the tagged response alone, never of the file
+        record.pop(derived, None)
+    kind, answer = DATASETS[name].answers, record.get("answer")
+    if isinstance(answer, (dict, list)) or (kind == "letter" and isinstance(answer, bool)):
+        raise ValueError(f'"answer" is {type(answer).__name__}, which answers no question here')
+    if kind == "letter" and not all(re.fullmatch(r"[^\W_]", key) for key in options or {}):
+        raise ValueError('the keys of "options" must be single letters, {"A": "...", "B": "..."}')
     if "tagged_response" in record:
         record.update(split_tag(record["tagged_response"], DATASETS[name].domain))
-    elif record.get("answer") is None:
+    elif answer is None:
         raise ValueError('neither "tagged_response" nor "answer" is there')
+    elif kind == "letter" and true_letter(answer, options) is None:
+        raise ValueError(
+            f'"answer" {answer!r:.40} is neither the letter, nor the position from 0, nor the text '
+            "of an option"
+        )
     return record
 
 
@@ -578,6 +658,104 @@ def split_tag(tagged_response: Any, domain: str) -> dict[str, Any]:
     return {"response": response.rstrip(), "confident": TAG_MEANING[tags[0]][1]}
 
 
+WIDE_ENCODINGS = {  # what a file in one of them begins with; UTF-32 first, as UTF-16 begins alike
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+@contextmanager
+def open_data(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
+    """(a data file's bytes, unpacked if it ends in .gz; how many of them may be read).
+
+    Raises:
+        InputError: if it is no file or cannot be opened.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
+            raise InputError(f"cannot read {str(path)!r}: it is no file; give the path of one")
+        packed = open(path, "rb")  # noqa: SIM115  # closed below
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {str(path)!r}: {reason}; give the path of a file") from error
+    with packed:
+        if not str(path).endswith(".gz"):
+            yield packed, sys.maxsize
+            return
+        most = max(MAX_UNPACKED, MAX_RATIO * os.fstat(packed.fileno()).st_size)
+        with gzip.open(packed) as file:
+            yield file, most
+
+
+def without_mark(path: str | Path, begin: bytes) -> bytes:
+    """A file's first bytes without UTF-8's byte order mark. InputError if they have another's."""
+    for mark, encoding in WIDE_ENCODINGS.items():
+        if begin.startswith(mark):
+            raise InputError(f"cannot read {path}:1: it looks like {encoding}: save it as UTF-8")
+    return begin.removeprefix(codecs.BOM_UTF8)
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, bytes) of each line of a data file, without a byte order mark. Of a line
+    longer than MAX_LINE_BYTES only the beginning is held: decode_line() refuses it.
+
+    Raises:
+        InputError: with file, line and reason, if the file cannot be read to its end.
+    """
+    number = 0
+    with open_data(path) as (file, most):
+        try:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                rest = line
+                while len(rest) > MAX_LINE_BYTES and file.tell() <= most:
+                    rest = file.readline(MAX_LINE_BYTES + 1)
+                if file.tell() > most:
+                    raise InputError(
+                        f"cannot read {path}:{number}: it unpacks to more than {MAX_RATIO} times "
+                        f"its size and {MAX_UNPACKED >> 20} MiB; unpack it yourself if it is meant"
+                    )
+                yield number, line if number > 1 else without_mark(path, line)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(
+                f"cannot read {path}:{number + 1}: {error}; make the file anew"
+            ) from error
+
+
+def decode_line(line: bytes) -> str:
+    """A line of read_lines() as text. ValueError, with the reason in words, if it is none."""
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MiB")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        column = len(line[: error.start].decode()) + 1
+        byte = line[error.start]
+        raise ValueError(f"not UTF-8 (byte 0x{byte:02x} at column {column})") from None
+
+
+def parse_lines(
+    path: str | Path, parse: Callable[[str], dict]
+) -> tuple[list[Record], list[str], int]:
+    """(records, the first LISTED bad lines as "file:line: reason", number of bad lines) of a JSON
+    Lines file; blank lines are neither. `parse` and errors are those of read_records()."""
+    records: list[Record] = []
+    problems: list[str] = []
+    bad, file = 0, str(path)
+    for number, line in read_lines(path):
+        try:
+            text = decode_line(line)
+            if text and not text.isspace():
+                records.append({**parse(text), "file": file, "line": number})
+        except ValueError as error:
+            bad += 1
+            if bad <= LISTED:
+                problems.append(f"{path}:{number}: {error!s:.300}")
+    return records, problems, bad
+
+
 def read_records(
     path: str | Path, skip_bad: bool = False, parse: Callable[[str], dict] = parse_record
 ) -> list[Record]:
@@ -588,29 +766,17 @@ def read_records(
 
     Raises:
         InputError: if the file cannot be read, holds no record, or has bad lines; these are listed,
-            at most 20, with file, line and reason. With `skip_bad` they are counted and left out.
+            at most LISTED, with file, line and reason. With `skip_bad` they are counted and left
+            out.
     """
-    records: list[Record] = []
-    problems: list[str] = []
-    try:
-        opener = gzip.open if str(path).endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    records.append({**parse(line), "line": number})
-                except ValueError as error:
-                    problems.append(f"{path}:{number}: {error}")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if problems and not skip_bad:
+    records, problems, bad = parse_lines(path, parse)
+    if bad and not skip_bad:
         raise InputError(
-            f"{len(problems)} bad lines in {path}; mend them or give --skip_bad_records\n"
-            + listing(problems)
+            f"{bad} bad lines in {path}; mend them or give --skip_bad_records\n"
+            + listing(problems, bad)
         )
-    if problems:
-        say(f"warning: left out {len(problems)} bad lines of {path}, the first: {problems[0]}")
+    if bad:
+        say(f"warning: left out {bad} bad lines of {path}, the first: {problems[0]}")
     if not records:
         raise InputError(f"{path} holds no records: it is empty or every line is blank or bad")
     return records
@@ -645,10 +811,10 @@ def read_hub_dataset(name: str, location: str) -> list[Record]:
             "options": options,
             "answer": row["answer_idx"] if "answer_idx" in row else row.get("answer"),
         }
-        line = json.dumps({key: value for key, value in record.items() if value is not None})
         try:
-            records.append({**parse_record(line), "line": number})
-        except ValueError as error:
+            line = json.dumps({key: value for key, value in record.items() if value is not None})
+            records.append({**parse_record(line), "file": location, "line": number})
+        except (TypeError, ValueError) as error:  # a column may hold dates, images, anything
             raise InputError(f"--val_data {name}={location}, row {number}: {error}") from None
     return records
 
@@ -938,7 +1104,7 @@ class Collator:
 
 class Judgement(NamedTuple):
     extracted: str | None  # "yes"/"no", a letter, a number or LaTeX; None when it cannot be told
-    correct: bool | None  # None when nothing was extracted or no true answer is given
+    correct: bool | None  # None when nothing was extracted or no (possible) true answer is given
 
 
 # "the answer is", "Final answer:", "the correct option is"; then what may open the answer itself
@@ -981,7 +1147,7 @@ def extract_yes_no(response: str) -> str | None:
 
 def extract_letter(response: str, options: dict[str, str] | None) -> str | None:
     """The last letter stated as the answer; else a leading or lonely one; else the option named."""
-    letters = "".join(options) if options else "ABCDE"
+    letters = re.escape("".join(options or "")) or "ABCDE"
     # A capital that does not run on into a word or a phrase, as the article "A" does
     capital = rf"([{letters}])\b(?![’'-]\w)(?!\s+(?!because|since|as|and|which|due|is\b)[a-z])"
     bare = rf"[(\[*]*([{letters}])[)\]*]*"
@@ -1013,6 +1179,7 @@ def extract_option_text(response: str, options: dict[str, str]) -> str | None:
             for match in re.finditer(
                 rf"(?<!\w){re.escape(option.strip())}(?!\w)", text or "", re.IGNORECASE
             )
+            if option.strip()  # else it would stand everywhere
         ]
         # "cancer" inside "lung cancer" is no mention of the option "cancer"
         keys = {
@@ -1078,20 +1245,24 @@ def as_number(text: str) -> Decimal | None:
         value = Decimal(numerator)
         for part in denominator:
             value /= Decimal(part)
-    except (InvalidOperation, ZeroDivisionError):
+    except ArithmeticError:
         return None
-    return value
+    return value if value.is_finite() and abs(value.adjusted()) < 10_000 else None
 
 
-def true_letter(truth: Any, options: dict[str, str] | None) -> str:
-    """The letter of a true answer given as letter, as position from 0, or as an option's text."""
+def true_letter(truth: Any, options: dict[str, str] | None) -> str | None:
+    """The letter of a true answer given as letter, as position from 0, or as an option's text; None
+    if it is none of them."""
+    letters = list(options or "ABCDEFGHIJ")
     if isinstance(truth, int):
-        return (list(options) if options else "ABCDEFGHIJ")[truth]
+        there = truth in range(len(letters)) and not isinstance(truth, bool)
+        return letters[truth] if there else None
     text = str(truth).strip()
     for key, option in (options or {}).items():
         if text.casefold() == option.strip().casefold() and text not in options:
             return key
-    return text.strip("().").upper()
+    letter = text.strip("().").upper()
+    return letter if letter in map(str.upper, letters) else None
 
 
 def judge_answer(
@@ -1125,7 +1296,8 @@ def judge_answer(
         truth_is_yes = str(truth).strip().lower() in ("yes", "true", "1")
         return Judgement(extracted, (extracted == "yes") == truth_is_yes)
     if kind == "letter":
-        return Judgement(extracted, extracted == true_letter(truth, options))
+        letter = true_letter(truth, options)
+        return Judgement(extracted, None if letter is None else extracted == letter)
     final = str(truth).rpartition("####")[2]  # GSM8K's solutions end with "#### 72"
     return Judgement(extracted, same_answer(extracted, extract_boxed(final) or final))
 
@@ -3310,8 +3482,8 @@ def choose_validation(
         for record in members:
             if record.get(needed) is None:
                 raise InputError(
-                    f"validation set {name}, line {record['line']}: {field_name} is missing, which "
-                    f"--validation_answers {generate} needs"
+                    f"{record['file']}:{record['line']}: {field_name} is missing, which "
+                    f"--validation_answers {generate} needs of validation set {name}"
                 )
     return training, sets, generate == "generate"
 

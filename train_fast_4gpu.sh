@@ -37,6 +37,7 @@ assert all(map(find, ("torch", "transformers", "peft", "accelerate", "bitsandbyt
   fail "the Python packages are missing; 'make setup' installs them (on GPUs 'make setup-gpu')"
 # GPUS=2 leaves the others to somebody else
 gpus=${GPUS:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
+[[ $gpus =~ ^[0-9]+$ ]] || fail "GPUS is '$gpus': give a number" # (( )) would run $(commands)
 
 case $name in
   qwen)
@@ -95,7 +96,17 @@ launch=(-m accelerate.commands.launch --config_file train_config_4gpu.yaml
 command=("$python" "${launch[@]}" train_confidence_lora.py
   "${settings[@]}" "${update[@]}" "$@")
 if [[ -n ${DRY_RUN:-} ]]; then
-  printf '%q ' "${command[@]}"
+  before=""
+  for word in "${command[@]}"; do # secrets are not shown
+    if [[ $before == --*token ]]; then
+      printf '*** '
+    elif [[ $word == --*token=* ]]; then
+      printf '%q=*** ' "${word%%=*}"
+    else
+      printf '%q ' "$word"
+    fi
+    before=$word
+  done
   echo
   exit 0
 fi

@@ -18,12 +18,14 @@ tokenizer and model, loss, pipeline, evaluation, main.
 
 from __future__ import annotations
 
+import codecs
+import io
 import math
 import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -43,6 +45,7 @@ from train_confidence_lora import (
     add_adapter,
     cache_encodings,
     check_run_settings,
+    decode_line,
     draw_sample,
     encode_segments,
     end_run,
@@ -59,12 +62,14 @@ from train_confidence_lora import (
     main,
     model_parallel_size,
     must_be_written,
+    open_data,
     open_run,
     parameter_count,
     parse_command_line,
     parse_object,
     pipeline_parallel_size,
     plan_batches,
+    read_lines,
     read_records,
     replace_folder,
     replicas,
@@ -77,6 +82,7 @@ from train_confidence_lora import (
     tensor_parallel_size,
     tokenize,
     train,
+    without_mark,
 )
 
 # isort: split
@@ -266,7 +272,6 @@ def parse_chat(line: str) -> dict[str, Any]:
             raise ValueError(f"unknown role {role!r}; known are system, user, assistant, tool")
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f"a message of the {role} has no text")
-        content.encode()  # half a surrogate pair cannot be; that is a ValueError too
         messages.append({"role": role, "content": content})
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message of the assistant: nothing to learn")
@@ -283,11 +288,11 @@ def parse_text(line: str) -> dict[str, Any]:
     text = parse_object(line).get("text")
     if not isinstance(text, str) or not text.strip():
         raise ValueError('"text" is missing or empty')
-    text.encode()  # half a surrogate pair cannot be; that is a ValueError too
     return {"text": text, "dataset": TEXTS}
 
 
 TEXT_FILES = (".txt", ".md", ".jsonl", ".jsonl.gz")
+MAX_DOCUMENT_BYTES = 256 * 2**20  # of a .txt or .md file
 
 
 def read_texts(path: str, skip_bad: bool = False) -> list[dict[str, Any]]:
@@ -298,30 +303,76 @@ def read_texts(path: str, skip_bad: bool = False) -> list[dict[str, Any]]:
         InputError: if there are none, or a file cannot be read.
     """
     place = Path(path)
-    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    files = [place]
+    if path and place.is_dir():
+        files = sorted(part for part in place.rglob("*") if part.is_file())
     records = []
     for file in [file for file in files if file.name.endswith(TEXT_FILES)]:
         if file.suffix not in (".txt", ".md"):
             records += read_records(file, skip_bad, parse_text)
             continue
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {file}: {error}") from error
-        if text.strip():
-            records.append({"text": text, "dataset": TEXTS, "line": 1})
+        text = read_document(file)
+        if not text.isspace() and text:
+            records.append({"text": text, "dataset": TEXTS, "file": str(file), "line": 1})
     if not records:
-        raise InputError(f"{path} holds no text: give files that end in {', '.join(TEXT_FILES)}")
+        raise InputError(f"{path!r} holds no text: give files that end in {', '.join(TEXT_FILES)}")
     return records
 
 
+def read_document(path: Path) -> str:
+    """A file as one text, its lines ending in \\n.
+
+    Raises:
+        InputError: with file, line and reason, if it is no text or larger than MAX_DOCUMENT_BYTES.
+    """
+    for _ in read_pieces(path):  # what is wrong at its end is known before much is held
+        pass
+    text = io.StringIO()
+    for piece in read_pieces(path):
+        text.write(piece)
+    return text.getvalue()
+
+
+def read_pieces(path: Path) -> Iterator[str]:
+    """read_document() in pieces, with its errors."""
+    line = 1
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+    with open_data(path) as (file, _):
+        if path.stat().st_size > MAX_DOCUMENT_BYTES:
+            raise InputError(
+                f"cannot read {path}: larger than {MAX_DOCUMENT_BYTES >> 20} MiB; split it, or "
+                "make it a .jsonl file with a text in each line"
+            )
+        data = without_mark(path, file.read(2**20))
+        while data:
+            following = file.read(2**20)
+            try:
+                piece = decoder.decode(data, final=not following)
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                byte = error.object[error.start]
+                raise InputError(
+                    f"cannot read {path}:{line}: not UTF-8 (byte 0x{byte:02x}); save it as UTF-8"
+                ) from None
+            if "\0" in piece:
+                line += piece.count("\n", 0, piece.index("\0"))
+                raise InputError(f"cannot read {path}:{line}: a NUL character; remove it")
+            line += piece.count("\n")
+            yield piece
+            data = following
+
+
 def read_either(path: str, skip_bad: bool = False) -> list[dict[str, Any]]:
-    """Texts or chats, by what the file's first line is."""
-    chats = False
-    if path.endswith((".jsonl", ".jsonl.gz")):
-        first, *_ = read_records(path, skip_bad, parse_object)
-        chats = "messages" in first or "text" not in first
-    return read_records(path, skip_bad, parse_chat) if chats else read_texts(path, skip_bad)
+    """Texts or chats, by what the file's first line that is an object is."""
+    if not path.endswith((".jsonl", ".jsonl.gz")):
+        return read_texts(path, skip_bad)
+    for _, line in read_lines(path):
+        with suppress(ValueError):
+            first = parse_object(decode_line(line))
+            if "messages" not in first and "text" in first:
+                return read_texts(path, skip_bad)
+            break
+    return read_records(path, skip_bad, parse_chat)
 
 
 def read_data(

@@ -80,6 +80,11 @@ def test_letter(response, options, expected):
         ("boolq", "Yes", "no", None, False),
         ("boolq", "Perhaps", True, None, None),
         ("boolq", "Yes", None, None, None),
+        ("medqa", "B", 9, FOUR, None),  # no answer could match it: not wrong, but not judged
+        ("medqa", "B", True, FOUR, None),
+        ("medqa", "B", "tea", FOUR, None),
+        ("medqa", "C", "C", {"^": "x", "]": "y", "C": "z"}, True),
+        ("medqa", "I do not know", "A", {"A": " ", "B": "x"}, None),
         ("medqa", "B", "B", FOUR, True),
         ("mmlu", "B", 1, FOUR, True),  # MMLU gives positions
         ("medqa", "B", "Vitamin D", FOUR, True),  # or the option's text
@@ -102,6 +107,10 @@ def test_correct_compares_with_every_form_of_the_truth(dataset, response, truth,
         ("12 - 5 = 7", "7", True),
         ("it is 3/4", "0.75", True),
         ("no idea", "1", None),
+        ("5", "nan", False),
+        ("5", "1e999999999", False),
+        ("5", "Infinity/0", False),
+        ("5", 10**30, False),
     ],
 )
 def test_number(response, truth, correct):
@@ -121,6 +130,8 @@ def test_number(response, truth, correct):
         ("\\boxed{3\\sqrt2}", "3\\sqrt{2}", True),
         ("the answer is $5$", "5", True),
         ("\\boxed{4}", "5", False),
+        ("\\boxed{nan}", "NaN", False),
+        ("\\boxed{1e999999/1e-999999}", "inf", False),
         ("\\boxed{5", "5", None),  # cut off
         ("five", "5", None),
     ],

@@ -23,6 +23,7 @@ import train_language_model as language
 from train_confidence_lora import InputError, load_tokenizer, main, pad
 from train_language_model import (
     CHATS,
+    MAX_DOCUMENT_BYTES,
     TEXTS,
     BlockCollator,
     LanguageSettings,
@@ -32,6 +33,7 @@ from train_language_model import (
     language_loss,
     mix,
     parse_chat,
+    read_either,
     read_texts,
     rouge_l,
     run,
@@ -249,7 +251,7 @@ def test_P3_the_forms_of_a_chat_mean_the_same(row):
         ({"messages": [{"role": "user", "content": " "}]}, "a message of the user has no text"),
         ({"conversations": [{"from": "human"}]}, "a message of the user has no text"),
         ({"messages": [{"role": ["user"], "content": "q"}]}, "unknown role None"),
-        ({"instruction": "q", "output": "\ud800"}, "surrogates not allowed"),
+        ({"instruction": "q", "output": "\ud800"}, "half a surrogate pair"),
         ({"user": None, "assistant": 3}, "a message of the assistant has no text"),
         ([], "a record is a JSON object"),
     ],
@@ -333,6 +335,50 @@ def test_P3_a_folder_of_texts_is_read_and_empty_files_are_no_documents(tmp_path)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(InputError, match=r"cannot read .*latin.txt"):
         read_texts(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"one\r\ntwo\xff", ":2: not UTF-8 (byte 0xff)"),
+        (b"x" * 2**20 + b"\n\xc3", ":2: not UTF-8 (byte 0xc3)"),  # cut off inside a character
+        (b"one\n\ntwo\0", ":3: a NUL character"),
+        ("text".encode("utf-16"), ":1: it looks like UTF-16: save it as UTF-8"),
+    ],
+)
+def test_a_document_that_is_no_text_is_refused_with_its_line(content, reason, tmp_path):
+    (tmp_path / "a.md").write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_texts(str(tmp_path))
+    assert f"{tmp_path / 'a.md'}{reason}" in str(error.value)
+
+
+def test_a_document_keeps_its_text_whatever_its_lines_end_in(tmp_path):
+    text = "é" * 2**20  # a character lies across the pieces it is read in
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r" + text.encode())
+    [record] = read_texts(str(tmp_path))
+    assert record["text"] == "one\ntwo\n" + text
+    assert (record["file"], record["line"]) == (str(tmp_path / "a.txt"), 1)
+
+
+def test_a_document_above_the_limit_and_an_empty_path_are_refused(tmp_path):
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.truncate(MAX_DOCUMENT_BYTES + 1)
+    with pytest.raises(InputError, match="larger than 256 MiB"):
+        read_texts(str(tmp_path))
+    with pytest.raises(InputError, match="holds no text"):
+        read_texts("")
+
+
+def test_either_kind_is_told_by_its_first_good_line(tmp_path):
+    chat, text = json.dumps(make_chats(1)[0]), json.dumps({"text": "a"})
+    for name, line in (("chats", chat), ("texts", text)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(f"broken\n{line}\n")
+        [record] = read_either(str(path), skip_bad=True)
+        assert (record["dataset"], record["line"]) == (name, 2)
+        with pytest.raises(InputError, match=r"jsonl:1: not JSON"):
+            read_either(str(path))
 
 
 @pytest.mark.parametrize(

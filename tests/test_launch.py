@@ -31,6 +31,17 @@ def parsed(*arguments, **options):
     return processes, settings, training
 
 
+def test_the_wrapper_shows_no_secret_and_runs_nothing_of_a_number():
+    for words in (["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]):
+        shown = wrapper("qwen", *words, "--run_name", "$(id); x", gpus=1).stdout
+        assert "--hub_token" in shown
+        assert "***" in shown
+        assert "secret" not in shown
+        assert r"\$\(id\)\;\ x" in shown
+    result = wrapper("qwen", gpus="a[$(touch /dev/stdout)]")
+    assert (result.returncode, result.stderr.count("give a number")) == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("gpus", "processes", "total"),
     [(1, 1, 128), (2, 2, 128), (3, 3, 126), (4, 4, 128), (8, 4, 128)],

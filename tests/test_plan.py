@@ -1,10 +1,12 @@
 """plan_training.py: configurations become flags, processes, strategies and commands."""
 
+import gzip
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -329,6 +331,163 @@ def test_what_cannot_be_honoured_is_refused_in_a_sentence(refusal_of, text, word
     assert words in refusal_of(SFT + text)
 
 
+YAML_TREE = "train:\n  epochs: 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        (YAML_TREE + "  epochs: 2", 3, "epochs is given in line 2 too"),
+        (YAML_TREE + "  learning_rate: &a 1", 3, "anchor and alias"),
+        (YAML_TREE + "  learning_rate: *a", 3, "anchor and alias"),
+        (YAML_TREE + "  learning_rate: [1, 2]", 3, "train.learning_rate is a list: give one value"),
+        (YAML_TREE + "  learning_rate: {a: {b: 1}}", 3, "learning_rate.a.b is no key"),
+        (YAML_TREE + "  learning_rate: fast", 3, "is 'fast': give a number"),
+        (YAML_TREE + "  learning_rate: true", 3, "is True: give a number"),
+        (YAML_TREE + "  learning_rate: .nan", 3, "is no number of at most 1e+15"),
+        (YAML_TREE + "  epochs_: 1e999", 3, "is no number of at most 1e+15"),
+        (YAML_TREE + "  seed: " + "9" * 5000, 3, "is no int"),
+        (YAML_TREE + "  seed: 2024-01-31", 3, "train.seed is a date"),
+        (YAML_TREE + "  seed: 2024-99-31", 3, "is no timestamp"),
+        (
+            YAML_TREE + "  seed: !!python/object/apply:os.system [x]",
+            3,
+            "python/object/apply:os is not taken",
+        ),
+        (YAML_TREE + "  seed: !!binary eA==", 3, "train.seed is a bytes"),
+        (YAML_TREE + "  no: 1", 3, "False is no name of a key"),
+        (YAML_TREE + "  ? [a]\n  : 1", 3, "is no name of a key"),
+        (YAML_TREE + "\tseed: 1", 3, "cannot start any token; mend it"),
+        (YAML_TREE + "  seed: \0", 3, "special characters are not allowed"),
+        (YAML_TREE + '  run_name: "a\\nb"', 3, "has control characters"),
+        (YAML_TREE + '  run_name: "\\ud800"', 3, "has control characters"),
+        (YAML_TREE + "  run_name: " + "a" * 5000, 3, "longer than 4,096 characters"),
+        (YAML_TREE + "a" * 300 + ": 1", 3, "is no name of a key"),
+        (YAML_TREE + "  x: " + "[" * 10**5, 3, "more than 32 levels"),
+        (YAML_TREE + "  x: [" + "1, " * 10**5 + "]", 3, "or 10,000 values"),
+        ("a" * 2**20 + "b", 1, "larger than 1 MiB"),
+        ("task: [sft]", 1, "task is ['sft']: give confidence, sft"),
+        ("optim: [adamw_torch]", 1, "optim is a list: give one value"),
+        ("max_new_tokens: many", 1, "give a whole number above 0"),
+        ("num_layers: 1001", 1, "give at most 1,000"),
+        ("use_qlora: perhaps", 1, "give true or false"),
+        ("machine_rank: first", 1, "give a whole number, 0 or more"),
+        ("max_restarts: -1", 1, "give a whole number, 0 or more"),
+        ("train: {bf16: true, fp16: true}", 1, "bf16 and fp16 are both true"),
+        ("\n\ntrain_data: none.jsonl", 3, "train_data none.jsonl does not exist"),
+        (SFT + "num_processes: 3\nnum_machines: 2", 2, "cannot be spread"),
+        ("text", 1, "there are no keys"),
+        ("%YAML " + "1" * 5000 + "\n---\na: 1", 1, "this is not YAML: Exceeds the limit"),
+        ('a: "\\UFFFFFFFF"', 1, "this is not YAML"),
+    ],
+    ids=range(38),
+)
+def test_what_a_yaml_file_has_wrong_is_told_with_its_line(text, line, words, refusal_of):
+    error = refusal_of(text)
+    assert f"run.yaml:{line}: " in error
+    assert words in error
+    assert len(error) < 600
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("[train]\nepochs = 1\nepochs = 2", 3, "this is not TOML: Cannot overwrite a value"),
+        ("[train]\n\nlearning_rate = nan", 3, "train.learning_rate is no number"),
+        ("[train]\nseed = 2024-01-31", 2, "train.seed is a date"),
+        ("[train]\nseed = 25:61:00", 2, "this is not TOML"),
+        ("[train.'x']\n'learning_rte' = 1", 2, "did you mean"),
+        ("[train]\nlora = {r = 'x'}", 2, "lora.r is 'x': give a whole number"),
+        ("[train]\nseed = " + "9" * 5000, 2, "this is not TOML: Exceeds the limit"),
+        ("[train]\n" + "a." * 500_000 + "a = 1", 2, "more than 32 levels"),
+        ("[train]\nx = " + "[" * 10**5, 1, "more than 32 levels"),
+        ("x = " + "{a=" * 100 + "1" + "}" * 100, 1, "more than 32 levels"),
+        ("[train]\nx = '\0'", 2, "this is not TOML: Found invalid character"),
+        ("x = 1\nno", 2, "this is not TOML"),
+        ("[train", 1, "this is not TOML"),
+    ],
+    ids=range(13),
+)
+def test_what_a_toml_file_has_wrong_is_told_with_its_line(text, line, words, refusal_of):
+    start = time.monotonic()
+    error = refusal_of(text, suffix="toml")
+    assert time.monotonic() - start < 20
+    assert f"run.toml:{line}: " in error
+    assert words in error
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
+@pytest.mark.parametrize("suffix", ["yaml", "toml"])
+def test_a_configuration_in_another_encoding_is_refused_and_a_mark_is_no_matter(
+    encoding, suffix, root, capsys
+):
+    text = {"yaml": SFT + "run_name: é", "toml": "data.train_path = 'data/chats_train.jsonl' # é"}
+    path = root / f"run.{suffix}"
+    path.write_bytes(text[suffix].encode(encoding))
+    assert plan.main(["launch", path.name, "--dry_run"], NO_GPU, root) == 2
+    assert re.search(rf"run\.{suffix}:\d: this .*save", capsys.readouterr().err)
+    path.write_bytes(text[suffix].replace("\n", "\r\n").encode("utf-8-sig"))
+    assert plan.main(["launch", path.name, "--dry_run"], NO_GPU, root) == 0
+
+
+def test_what_is_no_file_is_no_configuration(root, capsys):
+    os.mkfifo(root / "pipe.yaml")
+    for name in ("pipe.yaml", "data", "", "none.yaml", "x" * 300, "a\nb.yaml"):
+        assert plan.main(["launch", name, "--dry_run"], NO_GPU, root) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "cannot be read" in error or "control characters" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "own.json:1: this is no object"),
+        ('{\n"a": NaN}', "own.json:1: NaN is no JSON"),
+        ('{\n"a": 1,\n', "own.json:3: Expecting property name"),
+        ('{"a": 1, "a": 2}', "own.json:1: a key is there twice"),
+        ("[" * 10**5, "own.json:1: maximum recursion depth"),
+        ('{"zero_optimization": true}', "has no stage 0 to 3"),
+        ('{"zero_optimization": {"stage": "x"}}', "has no stage 0 to 3"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": 1}}', "has no stage 0 to 3"),
+    ],
+)
+def test_a_deepspeed_file_that_is_none_is_refused(text, words, root, refusal_of):
+    (root / "own.json").write_text(text)
+    assert words in refusal_of(SFT, "--deepspeed_config", "own.json", here=gpus(4))
+
+
+@pytest.mark.parametrize("command", ["plan", "memory"])
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("\ntarget_modules: [nothing]\nmodel_name: Qwen/Qwen2.5-7B", "run.yaml:3: target_modules"),
+        ("task: cpt\nmodel_type: nonsense\nnum_layers: 2", "run.yaml:"),
+        ("hidden_size: 1000000000\nnum_heads: 1", "run.yaml:2: hidden_size"),
+        ("task: cpt\nhidden_size: 10\nnum_heads: 3", "run.yaml:3: hidden_size"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_one_sentence(command, text, where, refusal_of):
+    assert where in refusal_of(SFT + text, command=command)
+
+
+def test_training_data_that_cannot_be_counted_is_named_with_its_line(root):
+    good = json.dumps({"text": "x" * 100}).encode() + b"\n"
+    packed = gzip.compress(b"".join(good + b" " * i + b"\n" for i in range(1000)))
+    (root / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(plan.InputError, match=r"a\.jsonl\.gz:\d+: Compressed file ended"):
+        plan.count_records(root / "a.jsonl.gz", 10**9)
+    (root / "a.jsonl.gz").write_bytes(gzip.compress(bytes(2**20)) * 110)
+    with pytest.raises(plan.InputError, match=r"gz:1: it unpacks to more than 100 times its size"):
+        plan.count_records(root / "a.jsonl.gz", 10**9)
+    os.mkfifo(root / "pipe.jsonl")
+    with pytest.raises(plan.InputError, match="it is no file"):
+        plan.count_records(root / "pipe.jsonl", 10**9)
+    (root / "a.jsonl").write_bytes(b"\n" + good * 3 + b"x" * 3 * 2**20)
+    assert plan.count_records(root / "a.jsonl", 10**9) == (4, 3 * len(good) + 3 * 2**20)
+    assert plan.count_records(root / "a.jsonl", 2) == (2, 2 * len(good))
+
+
 def test_two_names_of_one_setting_that_agree_are_no_contradiction(flags_of):
     assert flags_of(SFT + "train: {epochs: 2, num_train_epochs: 2}")["num_epochs"] == "2"
 
@@ -644,6 +803,126 @@ def test_P1_Y5_a_launch_trains_and_its_tensorboard_ends_with_it(tmp_path):
 def test_P1_the_same_file_launches_several_processes(tmp_path):
     summary = launch_for_real(tmp_path, "--num_processes", "2")
     assert (summary["steps"], summary["num_processes"]) == (3, 2)
+
+
+@pytest.mark.parametrize("flag", ["--hub_token", "--hub_token=", "--push_to_hub_token"])
+def test_a_secret_is_never_shown(flag, ask):
+    words = [flag + "hf_secret"] if flag.endswith("=") else [flag, "hf_secret"]
+    code, out, error = ask("launch", SFT, *words)
+    if flag.startswith("--hub"):
+        assert (code, out.count("--hub_token ***")) == (0, 1)
+    for more in (["--hub_token", "hf_secret2"], ["hf_stray"], ["--nonsense", "1"], ["--examples"]):
+        code, *shown = ask("launch", SFT, *words, *more) if more != ["--examples"] else (2, "", "")
+        assert code == 2
+        out, error = out + shown[0], error + shown[1]
+    assert "secret" not in out + error
+
+
+def test_a_secret_before_the_file_is_not_taken_for_it(root, capsys):
+    assert plan.main(["launch", "--hub_token", "hf_secret", "none.yaml"], NO_GPU, root) == 2
+    with pytest.raises(SystemExit):
+        plan.main(["hardware", "--hub_token=hf_secret"], NO_GPU, root)
+    error = capsys.readouterr().err
+    assert "none.yaml cannot be read" in error
+    assert "secret" not in error
+
+
+def test_a_secret_of_the_file_is_passed_on_and_not_shown(root, ask):
+    assert "secret" not in "".join(ask("launch", SFT + "hub_token: hf_secret")[1:])
+    options = plan.build_parser().parse_args(["launch", "run.yaml"])
+    options.training_flags = []
+    run = plan.read_run("run.yaml", options, root)
+    command = plan.make_launch(run, options, NO_GPU, False, root).command
+    assert command[command.index("--hub_token") + 1] == "hf_secret"
+
+
+HOSTILE = "a; rm -rf x $(id) `id` 'q\".yaml"
+
+
+def test_a_hostile_file_name_is_only_a_name_to_bash(root, capsys):
+    (root / HOSTILE).write_text(SFT + "output_dir: '$(touch x); y'\nrun_name: '`id`'")
+    assert plan.main(["cluster", "slurm", HOSTILE], NO_GPU, root) == 0
+    script = capsys.readouterr().out
+    [name] = re.findall(r"^#SBATCH --job-name=(\S+)$", script, re.MULTILINE)
+    assert re.fullmatch(r"[a-z0-9-]+", name)
+    [line] = re.findall(r"^CONFIG=.*$", script, re.MULTILINE)
+    shown = subprocess.run(
+        ["bash", "-c", f'{line}\nprintf %s "$CONFIG"'], capture_output=True, text=True, check=True
+    )
+    assert (shown.stdout, shown.stderr) == (HOSTILE, "")
+
+
+def test_a_hostile_file_name_is_only_a_name_to_kubernetes(root, capsys):
+    (root / HOSTILE).write_text(SFT)  # no output_dir: the script's default names the job
+    assert plan.main(["cluster", "kubernetes", HOSTILE], NO_GPU, root) == 0
+    _, job = yaml.safe_load_all(capsys.readouterr().out)
+    # Kubernetes expands $(NAME), and takes $$ for $
+    assert job["spec"]["trainer"]["args"][1] == HOSTILE.replace("$", "$$")
+
+
+def test_max_restarts_reaches_a_launcher_on_one_process_several_and_two_machines(words_of):
+    def restarts(*words, text=SFT, **options):
+        command = words_of(text, *words, **options)
+        script = next(i for i, word in enumerate(command) if word in plan.SCRIPTS.values())
+        assert "--max_restarts" not in command[script:]
+        launcher = command[:script]
+        assert launcher[launcher.index("--max_restarts") + 1] == "3"
+        return launcher
+
+    assert "torch.distributed.run" in restarts(
+        "--max_restarts", "3"
+    )  # plain python restarts nothing
+    assert "accelerate.commands.launch" in restarts(text=SFT + "max_restarts: 3", here=gpus(2))
+    machines = ("--num_machines", "2", "--max_restarts", "3")
+    assert "accelerate.commands.launch" in restarts(*machines, here=gpus(2))
+    assert "--max_restarts" not in words_of(SFT, "--max_restarts", "0", here=gpus(2))
+
+
+def test_a_launcher_restarts_a_single_process(tmp_path):
+    """Its first life ends at once, its second well"""
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys; sys.exit(os.environ['TORCHELASTIC_RESTART_COUNT'] == '0')")
+    run = plan.Run("run.yaml", "sft", script, {}, {}, {"max_restarts": plan.Given(1, "")})
+    launch = plan.Launch(run, None, 1, 1, "single", "", False, 1, False, 1, 1, None, [], {})
+    command = plan.build_command(launch, True, ROOT)
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    run.facts.clear()
+    command = plan.build_command(launch, True, ROOT)
+    environment = {**os.environ, "TORCHELASTIC_RESTART_COUNT": "0"}
+    assert subprocess.run(command, capture_output=True, env=environment).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "training", "code"),
+    [
+        ("SIGTERM", "trap 'echo told; exit 7' TERM", 7),
+        ("SIGINT", "trap 'echo told; exit 7' INT", 7),
+        ("SIGTERM", ":", 128 + 15),
+    ],
+)
+def test_a_launch_beside_tensorboard_passes_signals_on_and_waits(sent, training, code, tmp_path):
+    """A real process group, as a terminal's; the training is a shell that says what it was told"""
+    program = f"""
+import sys, plan_training as plan
+run = plan.Run("f", "sft", plan.ROOT, {{"output_dir": sys.argv[1]}}, {{}}, {{}})
+script = {f"{training}; echo up; while :; do sleep 0.1; done"!r}
+launch = plan.Launch(run, None, 1, 1, "single", "", False, 1, False, 1, 1, None,
+                     ["bash", "-c", script], {{}})
+sys.exit(plan.start(launch, True))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, text=True, process_group=0,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdout.readline() == "up\n"
+    [board] = subprocess.run(
+        ["pgrep", "-af", f"logdir {tmp_path}/logs"], capture_output=True, text=True
+    ).stdout.splitlines()
+    assert "--host localhost" in board
+    os.killpg(process.pid, getattr(signal, sent))
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out.split()) == (code, ["told"] * (code == 7))
+    assert subprocess.run(["pgrep", "-f", f"logdir {tmp_path}/logs"]).returncode == 1
 
 
 def test_a_failing_training_fails_the_launch(tmp_path):

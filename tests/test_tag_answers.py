@@ -137,6 +137,22 @@ def test_twice_the_same_question_is_answered_once(questions, tmp_path, capsys):
     assert len(rows) == 40
 
 
+def test_a_line_that_is_no_answer_is_asked_again(tmp_path):
+    row = {"key": "k", "response": "Yes.", "finished": True}
+    lines = [json.dumps(row), "[]", '{"key": 1}', "[" * 10**5, "\0", json.dumps(row)[:-9]]
+    (tmp_path / "answers-0.jsonl").write_text("\n".join(lines))
+    assert tag_answers.read_answers(tmp_path) == {"k": row}
+
+
+def test_settings_of_earlier_answers_that_are_damaged_are_one_sentence(tmp_path, capsys):
+    (tmp_path / "demo_answers").mkdir()
+    (tmp_path / "demo_answers" / "settings.json").write_text("{")
+    questions = write_jsonl(tmp_path / "questions.jsonl", tagged_records(2))
+    with pytest.raises(SystemExit):
+        tag_answers.main(line(questions, tmp_path))
+    assert "settings.json:1: not JSON" in capsys.readouterr().err
+
+
 def test_line_separators_inside_an_answer_do_not_lose_it(tmp_path):
     row = {"key": "k", "response": "Yes.\u2028Really.\x85", "finished": True}
     tag_answers.write_lines(tmp_path / "answers-0.jsonl", [row])

@@ -151,7 +151,7 @@ def test_a_validation_record_that_lacks_what_is_needed_is_named(
     del rows[2][missing]
     path = write_jsonl(tmp_path / "val.jsonl", rows)
     settings = Settings(val_data=[f"demo={path}"], validation_answers=answers)
-    with pytest.raises(InputError, match=f'line 3: "{missing}" is missing'):
+    with pytest.raises(InputError, match=f'{path}:3: "{missing}" is missing'):
         choose_validation(settings, records, seed=1)
 
 
