@@ -371,6 +371,7 @@ from peft.tuners.lora.variants import ALoraLinearVariant
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors import SafetensorError
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -1095,7 +1096,7 @@ class Collator:
         ids, mask = pad([row["input_ids"] for row in encodings], self.pad_token_id)
         labels, _ = pad([row["labels"] for row in encodings], -100)
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        return {**batch, "source": [row["source"] for row in encodings]}
+        return {**batch, "source": [row.get("source", "") for row in encodings]}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2807,7 +2808,9 @@ class LabelTrainer(Trainer):
         """
         finite = torch.isfinite(torch.stack([loss for loss, _ in self.update]).float()).all()
         if self.grad_norm is not None and not self.args.fp16:  # whose scaler skips such steps
-            finite &= torch.isfinite(torch.as_tensor(self.grad_norm, device=finite.device))
+            norm = self.grad_norm
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            finite &= torch.isfinite(torch.as_tensor(norm, device=finite.device))
         flags = torch.stack([finite.new_tensor(interruption.signal, dtype=torch.int64), ~finite])
         if self.args.world_size > 1:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
@@ -3707,6 +3710,27 @@ def resolve_precision(training: dict[str, Any]) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[kind]
 
 
+def keep_to_this_machine() -> None:
+    """Has the processes of a run on one machine talk through its loopback interface alone."""
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size == os.environ.get("LOCAL_WORLD_SIZE") and "lo" in psutil.net_if_addrs():
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+
+
+def load_no_code() -> None:
+    """Has torch.load refuse a pickle that would run something, whatever its caller says: DeepSpeed
+    would load any. The classes below are its own and hold data."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        known = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+        torch.serialization.add_safe_globals(known)
+
+
 def make_training_arguments(
     training: dict[str, Any], global_batch: int | None
 ) -> TrainingArguments:
@@ -4010,7 +4034,9 @@ def open_run(settings: RunSettings, training: dict[str, Any]) -> Run:
             measure, bits = False, earlier["resolved"]["bits"]
     except InputError as error:
         problem = error
+    keep_to_this_machine()
     args = make_training_arguments(training, settings.global_batch_size)
+    load_no_code()
     if args.world_size > 1:
         Watch.current = Watch(settings.script)
         Watch.current.start()

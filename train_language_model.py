@@ -580,7 +580,7 @@ class BlockCollator:
             for i in starts:
                 joined["labels"][i] = -100
             batch = {name: torch.tensor([values]) for name, values in joined.items()}
-            batch["source"] = [row["source"] for row in encodings]
+            batch["source"] = [row.get("source", "") for row in encodings]
             return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
         batch = Collator(self.pad_token_id)(encodings)
         rows = [row["position_ids"] for row in encodings]

@@ -145,10 +145,8 @@ def test_P7_two_machines_train_what_one_does_and_only_the_first_writes(
     run = tmp_path / "run" if disk == "shared" else tmp_path / "machine0" / "run"
     assert_same_run(run, one_machine)
     written = files_of(run)
-    if disk == "own":  # each process keeps its own random numbers, where it is
-        elsewhere = files_of(tmp_path / "machine1" / "run")
-        assert elsewhere == {f"checkpoint-{step}/rng_state_1.pth" for step in (2, 4)}
-        written |= elsewhere
+    if disk == "own":
+        assert not files_of(tmp_path / "machine1" / "run")
     without_logs = [
         {name for name in names if not name.startswith("logs/")}
         for names in (written, files_of(one_machine))
