@@ -482,11 +482,11 @@ def meaning(path: str, flags: dict[str, Flag]) -> str | None:
 def transformers_flags() -> dict[str, bool]:
     """{flag: whether it takes a list} of what every training script takes besides; takes seconds,
     for rare keys."""
-    from dataclasses import fields
-
     from transformers import TrainingArguments
 
-    return {item.name: "list" in str(item.type) for item in fields(TrainingArguments)}
+    # Not its fields' own types, which HfArgumentParser changes
+    kinds = TrainingArguments.__annotations__
+    return {name: "list" in str(kind) for name, kind in kinds.items() if not name.startswith("_")}
 
 
 def nearest(path: str, names: list[str]) -> str:

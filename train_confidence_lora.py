@@ -51,6 +51,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import timedelta
 from decimal import Decimal
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -2749,6 +2750,8 @@ class LabelTrainer(Trainer):
         self.seconds, self.started = 0.0, 0.0  # of training: in earlier parts, and when this began
         self.update: list[tuple[torch.Tensor, dict]] = []  # losses and batches of an update
         self.grad_norm: torch.Tensor | float | None = None
+        # Trainer would delete the last checkpoint at the end, before there is a final/
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.resumed: str | None = None  # the checkpoint that training went on from
         self.first_step = 0  # that checkpoint's
         self.last_saved: Path | None = None
@@ -2904,15 +2907,17 @@ class LabelTrainer(Trainer):
         finally:
             interruption.training = False
         self.seconds += time.perf_counter() - self.started
-        if self.stopping or interruption.agreed():
+        if interruption.agreed():
             raise Stopped
         return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed from the very last step
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        super()._run_epoch(*args, **kwargs)
+        if self.stopping:  # before anything is done that belongs to a run's end
+            raise Stopped
 
     def _progress(self) -> dict[str, Any]:
         """What this process alone knows of how far it has come."""
@@ -3036,9 +3041,11 @@ class LabelTrainer(Trainer):
         known = known[: known.index(folder) + 1]  # later ones are damaged, and will be replaced
         needed = {str(folder), self.state.best_model_checkpoint}
         spare = [path for path in known if str(path) not in needed]
-        too_many = len(known) - (self.args.save_total_limit or len(known))
+        too_many = len(known) - (self.save_total_limit or len(known))
         for path in spare[: max(0, too_many)]:
             remove_folder(path)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if sharding() != "tp":
@@ -3718,6 +3725,23 @@ def keep_to_this_machine() -> None:
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
 
 
+def meet_anew(timeout: float) -> None:
+    """Has processes that torchrun started again meet under names of their own: its agent keeps the
+    store of the first attempt, where the addresses of dead processes stand (torch 2.13)."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(*place, is_master=False)
+    torch.distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=torch.distributed.PrefixStore(f"attempt {attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=timeout),
+    )
+
+
 def load_no_code() -> None:
     """Has torch.load refuse a pickle that would run something, whatever its caller says: DeepSpeed
     would load any. The classes below are its own and hold data."""
@@ -3828,11 +3852,14 @@ def shorten_intervals(args: TrainingArguments, num_records: int) -> int:
     return steps
 
 
-def start_output_dir(folder: Path, saved: dict[str, Any], resuming: bool) -> None:
+def start_output_dir(folder: Path, saved: dict[str, Any], checkpoint: str | None) -> None:
     """Clears what an overwritten run left, or one without checkpoint; writes settings.yaml."""
     for path in [*folder.glob(".*.new"), *folder.glob(".*.old")]:  # of a run that was killed
         remove(path)
-    if not resuming:
+    history = Path(checkpoint).with_name("validation.jsonl") if checkpoint else None
+    if history and history.parent.resolve() != folder.resolve() and history.is_file():
+        write_text(folder / history.name, history.read_text(encoding="utf-8"))
+    if not checkpoint:
         for path in [*checkpoints(folder), *(folder / name for name in RUN_FILES)]:
             remove(path)
     write_text(folder / "settings.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
@@ -4035,6 +4062,7 @@ def open_run(settings: RunSettings, training: dict[str, Any]) -> Run:
     except InputError as error:
         problem = error
     keep_to_this_machine()
+    meet_anew(float(training.get("ddp_timeout") or 1800))
     args = make_training_arguments(training, settings.global_batch_size)
     load_no_code()
     if args.world_size > 1:
@@ -4184,7 +4212,7 @@ def train(
     PartialState().wait_for_everyone()  # all have looked into the folder before one changes it
     if args.process_index == 0:
         with must_be_written(f"{run.folder / 'settings.yaml'}", run.folder):
-            start_output_dir(run.folder, run.saved, resuming=run.checkpoint is not None)
+            start_output_dir(run.folder, run.saved, run.checkpoint)
         if "tensorboard" in report_targets(run.saved):
             validation.writer = curves(run.folder / "logs", run.checkpoint)
     if run.checkpoint:
@@ -4270,6 +4298,7 @@ def main(
             code, agreed = 128 + interruption.signal, stop.agreed
             say(f"{signal.Signals(interruption.signal).name}: {stop}")
         except Exception:
+            interruption.training = True  # the launcher's SIGTERM shall not come between
             if Watch.current:  # which ends this process if another's death was the reason
                 Watch.current.join(2 * (Watch.interval + Watch.grace))
             raise
