@@ -46,6 +46,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -1600,7 +1601,7 @@ def damage(checkpoint: Path) -> str | None:
         claimed = (checkpoint / MANIFEST).read_bytes()
         sums = {name: sha256(checkpoint / name) for name in files_of(checkpoint)}
     except OSError as error:
-        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
+        return f"{Path(error.filename or checkpoint).name} cannot be read ({error.strerror})"
     found = "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()
     if found == claimed:
         return None
@@ -1730,7 +1731,8 @@ class Watch(threading.Thread):
         here = (machine(), os.getpid(), psutil.Process().create_time())
         self.processes = gather_object([here])
         self.mine = [i for i, (where, *_) in enumerate(self.processes) if where == here[0]]
-        store = torch.distributed.distributed_c10d._get_default_store()
+        # A client of its own: that of the main thread is locked while it waits for something
+        store = torch.distributed.distributed_c10d._get_default_store().clone()
         self.store = torch.distributed.PrefixStore("watch", store)
         self.verdict: str | None = None  # what has happened, once something has
         self.ended = threading.Event()
@@ -1753,6 +1755,13 @@ class Watch(threading.Thread):
                 self.store.set("died", str(rank))
                 self.verdict = f"process {rank} (pid {self.processes[rank][1]}) has ended"
 
+    def first_to_tell(self) -> bool:
+        """Whether no other process of this machine has said the verdict."""
+        try:
+            return self.store.add(f"told on {self.processes[self.rank][0]}", 1) == 1
+        except RuntimeError:
+            return self.rank == min(rank for rank in self.mine if not self.gone(rank))
+
     def run(self) -> None:
         unreachable = 0
         while not self.ended.wait(self.interval):
@@ -1764,7 +1773,7 @@ class Watch(threading.Thread):
                 if unreachable == 5:
                     self.verdict = "the machine where the processes met does not answer"
             if self.verdict and not self.ended.wait(self.grace):
-                if self.rank == min(rank for rank in self.mine if not self.gone(rank)):
+                if self.first_to_tell():
                     report(self.script, f"{self.verdict}, and the others end with it; {GOES_ON}")
                 end_process(1)
 
@@ -2781,14 +2790,19 @@ class LabelTrainer(Trainer):
         try:
             return super().training_step(model, inputs, *rest)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if type(error) is RuntimeError and "t allocate memory" not in str(error):  # a CPU's
+            too_large = torch.OutOfMemoryError, MemoryError
+            if not isinstance(error, too_large) and "t allocate memory" not in str(
+                error
+            ):  # a CPU's
                 raise
             rows, length = inputs["input_ids"].shape
-            args = self.args
+            size = self.args.per_device_train_batch_size
+            parts = 1 if size == 1 else 2 if size % 2 == 0 else size
             smaller = (
-                f"--batch_size {rows // 2} --gradient_accumulation_steps "
-                f"{2 * args.gradient_accumulation_steps} makes the same update of smaller batches, "
-                if rows > 1
+                f"--batch_size {size // parts} --gradient_accumulation_steps "
+                f"{parts * self.args.gradient_accumulation_steps} makes the same update of smaller "
+                "batches, "
+                if parts > 1
                 else ""
             )
             raise RunError(
@@ -2838,7 +2852,9 @@ class LabelTrainer(Trainer):
             bad = [batch for _, batch in self.update]
         found = []
         for batch in bad:
-            alone = not sharding() and len(batch["input_ids"]) == len(batch["source"])
+            alone = not (sharding() or self.is_deepspeed_enabled) and len(
+                batch["input_ids"]
+            ) == len(batch["source"])
             for i in range(len(batch["source"]) if alone else 0):
                 one = {name: part[i : i + 1] for name, part in batch.items()}
                 with torch.no_grad(), self.compute_loss_context_manager():
@@ -2847,8 +2863,9 @@ class LabelTrainer(Trainer):
         return found or [name for batch in bad for name in batch["source"]]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        lengths = (train_dataset or self.train_dataset)["length"]
-        return LengthGroupedSampler(list(lengths), global_batch_size(self.args), self.args.seed)
+        lengths = list((train_dataset or self.train_dataset)["length"])
+        self.sampler = LengthGroupedSampler(lengths, global_batch_size(self.args), self.args.seed)
+        return self.sampler
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Runs the callbacks' on_evaluate; what they add to the metrics is logged and returned."""
@@ -2859,13 +2876,15 @@ class LabelTrainer(Trainer):
                 self.args, self.state, self.control, metrics
             )
         except Stopped:
-            if self.state.global_step > self.first_step:  # else the checkpoint is there, or none
+            # Else the checkpoint is there, or none is due
+            if self.is_in_train and self.state.global_step > self.first_step:
                 self.evaluation_pending = True
                 self._save_checkpoint(self.model)
             raise
         if self.evaluation_pending:  # what was due where an earlier part of the run was stopped
             self.evaluation_pending = False
-            self._determine_best_metric(metrics, None)
+            if self._determine_best_metric(metrics, None):
+                self.state.best_model_checkpoint = self.resumed
         if uses_unsloth(self.model):
             # To generate it turned checkpointing off, and keeps copies of the LoRA weights that the
             # next validation would answer by; nothing but this drops them
@@ -2901,21 +2920,16 @@ class LabelTrainer(Trainer):
         """
         self.resumed, self.started = resume_from_checkpoint, time.perf_counter()
         self.last_saved = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        interruption.training = True
-        try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            interruption.training = False
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.seconds += time.perf_counter() - self.started
-        if interruption.agreed():
-            raise Stopped
         return result
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed from the very last step
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        self.sampler.set_epoch(epoch)  # which Trainer does not reach where it skips what was done
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
         if self.stopping:  # before anything is done that belongs to a run's end
             raise Stopped
 
@@ -2961,6 +2975,7 @@ class LabelTrainer(Trainer):
         self.timed = (time.perf_counter(), self.totals[0].item())
         self.seconds += states[0]["seconds"]
         self.evaluation_pending = self.args.eval_on_start = states[0]["evaluation_pending"]
+        self.state.compute_steps(self.args, self.state.max_steps)  # intervals may have changed
         self.saved_best = self._best()
 
     def _best(self) -> tuple[float | None, int | None, str | None]:
@@ -2984,7 +2999,8 @@ class LabelTrainer(Trainer):
         problems: list[str] = []
         new = staging(folder)
         for part in (
-            lambda: self._write_model(new),
+            lambda: self._prepare(new),
+            lambda: self.save_model(str(new), _internal_call=True),
             lambda: self._write_state(new, progress),
             lambda: seal(new),
             lambda: self._put_in_place(folder),
@@ -3011,14 +3027,19 @@ class LabelTrainer(Trainer):
             raise RunError(f"{told}; that was {MOST_FAILED_SAVES} in a row, and the run ends")
         say(f"warning: {told}; training goes on")
 
-    def _write_model(self, new: Path) -> None:
+    def _prepare(self, new: Path) -> None:
         if self.args.should_save:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
-        self.save_model(str(new), _internal_call=True)
 
     def _write_state(self, new: Path, progress: list[dict[str, Any]]) -> None:
         errors: list[Exception] = []
+        if self.is_deepspeed_enabled:  # what it would write between collectives by other means
+            engine = self.model_wrapped
+            engine._copy_recovery_script = lambda path: None
+            engine.save_checkpoint = partial(
+                type(engine).save_checkpoint, engine, save_latest=False
+            )
         with errors_of_torch_save(errors):
             self._save_optimizer_and_scheduler(str(new))
             self._save_scaler(str(new))
@@ -3031,12 +3052,23 @@ class LabelTrainer(Trainer):
                 if isinstance(part, ExportableState):
                     self.state.stateful_callbacks[type(part).__name__] = part.state()
             self.state.save_to_json(str(new / "trainer_state.json"))
+            if self.is_deepspeed_enabled:
+                tag = f"global_step{self.model_wrapped.global_steps}"
+                (new / "latest").write_text(tag, encoding="utf-8")
 
     def _put_in_place(self, folder: Path) -> None:
         """Gives a written checkpoint its name, and deletes the oldest ones that are too many."""
         if not self.args.should_save:
             return
         replace_folder(folder)
+        try:
+            self._delete_old(folder)
+        except OSError as error:
+            say(f"warning: old checkpoints cannot be deleted: {error}")
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _delete_old(self, folder: Path) -> None:
         known = checkpoints(folder.parent)
         known = known[: known.index(folder) + 1]  # later ones are damaged, and will be replaced
         needed = {str(folder), self.state.best_model_checkpoint}
@@ -3044,8 +3076,6 @@ class LabelTrainer(Trainer):
         too_many = len(known) - (self.save_total_limit or len(known))
         for path in spare[: max(0, too_many)]:
             remove_folder(path)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if sharding() != "tp":
@@ -3519,6 +3549,12 @@ SPLIT_SETTINGS = {
 }
 
 
+RESOLVED = set(  # what settings.yaml tells of a run besides its flags
+    "global_batch_size content launch per_device_train_batch_size gradient_accumulation_steps "
+    "gradient_checkpointing bits".split()
+)
+
+
 def check_writable(folder: Path) -> None:
     """Makes a folder. InputError if nothing can be written to it."""
     try:
@@ -3542,7 +3578,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(saved, dict) or not isinstance(saved.get("resolved"), dict):
+    whole = isinstance(saved, dict) and all(
+        isinstance(saved.get(name), dict) and keys <= saved[name].keys()
+        for name, keys in (("resolved", RESOLVED), ("versions", set()))
+    )
+    if not whole or not isinstance(saved.get("num_processes"), int):
         raise InputError(f"{path} is not what a run of this version wrote: {REMEDY}")
     return saved
 
@@ -3566,7 +3606,7 @@ def check_output_dir(
             run at all.
     """
     held = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-    if not held or (settings.overwrite_output_dir and not restarted()):
+    if not held or (settings.overwrite_output_dir and not restarted(earlier)):
         return None
     if not earlier:
         raise InputError(
@@ -3575,7 +3615,7 @@ def check_output_dir(
     if "summary.json" in held:
         raise InputError(f"--output_dir {folder} holds a finished run; {REMEDY}")
     check_same_run(folder, earlier, saved)
-    if settings.no_resume and not restarted():
+    if settings.no_resume and not restarted(earlier):
         raise InputError(
             f"--output_dir {folder} holds an unfinished run, and --no_resume begins anew in an "
             f"empty folder only; {REMEDY}"
@@ -3583,11 +3623,18 @@ def check_output_dir(
     return last_checkpoint(folder)
 
 
-def restarted() -> bool:
+def launch_id() -> str:
+    """What torchrun calls this launch, restarts of it included; empty if it has no name."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "none").replace("none", "")
+
+
+def restarted(earlier: dict[str, Any]) -> bool:
     """Whether torchrun or Slurm has started the run again: it goes on, whatever its flags say of an
     earlier one."""
     counts = "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"
-    return any(int(os.environ.get(name) or 0) > 0 for name in counts)
+    if any(int(os.environ.get(name) or 0) > 0 for name in counts):
+        return True
+    return bool(earlier and launch_id() and earlier["resolved"]["launch"] == launch_id())
 
 
 def check_same_run(folder: Path, earlier: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -3658,11 +3705,13 @@ def content_of(settings: RunSettings) -> dict[str, str]:
     found = {}
     for item in filter(None, paths):
         place = Path(item if Path(item).exists() else item.partition("=")[2] or item)
-        files = [place] if place.is_file() else sorted(filter(Path.is_file, place.rglob("*")))
-        sums = [f"{file.relative_to(place)} {sha256(file)}" for file in files]
-        found[item] = hashlib.sha256("\n".join(sums).encode()).hexdigest() if files else ""
+        with suppress(OSError):  # whoever reads it says what is wrong
+            files = [place] if place.is_file() else sorted(filter(Path.is_file, place.rglob("*")))
+            sums = [f"{file.relative_to(place)} {sha256(file)}" for file in files]
+            found[item] = hashlib.sha256("\n".join(sums).encode()).hexdigest()
     if getattr(settings, "tuning", None) != "scratch":
-        found[settings.model_name] = model_identity(settings.model_name)
+        with suppress(OSError, ValueError):
+            found[settings.model_name] = model_identity(settings.model_name)
     return found
 
 
@@ -3670,9 +3719,7 @@ def model_identity(name: str) -> str:
     """A model folder's identity: names and sizes of its files, and their first and last MiB. Of a
     model of the Hugging Face Hub: its commit, where this machine has it."""
     if not Path(name).is_dir():
-        with suppress(OSError, ValueError):
-            return AutoConfig.from_pretrained(name)._commit_hash or ""
-        return ""  # whoever loads it says what is wrong
+        return AutoConfig.from_pretrained(name)._commit_hash or ""
     key = hashlib.sha256()
     for path in sorted(filter(Path.is_file, Path(name).iterdir())):
         size = path.stat().st_size
@@ -3717,24 +3764,30 @@ def resolve_precision(training: dict[str, Any]) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[kind]
 
 
+def one_machine() -> bool:
+    """Whether a launcher started all processes of this run on this machine."""
+    return os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE")
+
+
 def keep_to_this_machine() -> None:
     """Has the processes of a run on one machine talk through its loopback interface alone."""
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size == os.environ.get("LOCAL_WORLD_SIZE") and "lo" in psutil.net_if_addrs():
+    if one_machine() and "lo" in psutil.net_if_addrs():
         for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
 
 
 def meet_anew(timeout: float) -> None:
-    """Has processes that torchrun started again meet under names of their own: its agent keeps the
-    store of the first attempt, where the addresses of dead processes stand (torch 2.13)."""
+    """Has processes that torchrun started again on one machine meet under names of their own: its
+    agent keeps the store of the first attempt, where the addresses of dead processes stand (torch
+    2.13). Agents of several machines do not count alike."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt == "0" or not shared or not one_machine():
         return
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = torch.distributed.TCPStore(*place, is_master=False)
     torch.distributed.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         store=torch.distributed.PrefixStore(f"attempt {attempt}", store),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
@@ -3856,9 +3909,11 @@ def start_output_dir(folder: Path, saved: dict[str, Any], checkpoint: str | None
     """Clears what an overwritten run left, or one without checkpoint; writes settings.yaml."""
     for path in [*folder.glob(".*.new"), *folder.glob(".*.old")]:  # of a run that was killed
         remove(path)
-    history = Path(checkpoint).with_name("validation.jsonl") if checkpoint else None
-    if history and history.parent.resolve() != folder.resolve() and history.is_file():
-        write_text(folder / history.name, history.read_text(encoding="utf-8"))
+    if checkpoint and Path(checkpoint).parent.resolve() != folder.resolve():
+        for name in ("validation.jsonl", "best_accuracy", "best_calibration"):
+            path = Path(checkpoint).with_name(name)
+            if path.exists():
+                (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / name)
     if not checkpoint:
         for path in [*checkpoints(folder), *(folder / name for name in RUN_FILES)]:
             remove(path)
@@ -4054,8 +4109,13 @@ def open_run(settings: RunSettings, training: dict[str, Any]) -> Run:
     problem, earlier = None, {}
     try:
         check_writable(folder)
-        if given or not settings.overwrite_output_dir or restarted():
+        try:
             earlier = read_settings(source_folder)
+        except InputError:  # what is to be deleted need not be readable
+            if given or not settings.overwrite_output_dir:
+                raise
+        if settings.overwrite_output_dir and not given and not restarted(earlier):
+            earlier = {}
         if earlier:
             keep_split(training, settings, earlier)
             measure, bits = False, earlier["resolved"]["bits"]
@@ -4069,9 +4129,14 @@ def open_run(settings: RunSettings, training: dict[str, Any]) -> Run:
         Watch.current = Watch(settings.script)
         Watch.current.start()
         say(f"Distributed training with {args.world_size} processes")
-    if earlier:
-        args.gradient_checkpointing |= earlier["resolved"]["gradient_checkpointing"]
-    saved["resolved"] = {"global_batch_size": global_batch_size(args), "content": {}}
+    flag = "gradient_checkpointing"
+    if earlier and earlier.get(flag) == training.get(flag):
+        args.gradient_checkpointing = earlier["resolved"][flag]
+    saved["resolved"] = {
+        "global_batch_size": global_batch_size(args),
+        "content": {},
+        "launch": launch_id(),
+    }
     checkpoint = None
     if args.process_index == 0 and not problem:
         try:
@@ -4083,10 +4148,16 @@ def open_run(settings: RunSettings, training: dict[str, Any]) -> Run:
         except InputError as error:
             problem = error
     # The main process decides: a machine may have disks of its own
-    found = gather_object([(checkpoint, str(problem) if problem else None)])
-    if problems := [problem for _, problem in found if problem]:
+    split = measure, bits, args.per_device_train_batch_size, args.gradient_accumulation_steps
+    found = gather_object([(checkpoint, str(problem) if problem else None, split)])
+    if problems := [problem for _, problem, _ in found if problem]:
         raise InputError(problems[0])
-    checkpoint, _ = found[0]
+    if any(other != split for *_, other in found):
+        raise InputError(
+            f"the machines' --output_dir {folder} hold different runs: it must lie on a disk that "
+            "all share, or be empty on each"
+        )
+    checkpoint = found[0][0]
     if not all(gather_object([checkpoint is None or Path(checkpoint, MANIFEST).is_file()])):
         raise InputError(
             f"{checkpoint} is not on every machine: --output_dir must lie on a disk that all share "
@@ -4235,13 +4306,18 @@ def train(
     trainer.add_callback(ConsoleCallback())
     if settings.profile and args.process_index == 0:
         trainer.add_callback(ProfileCallback(run.folder / "logs"))
+    interruption.training = True
     try:
         trainer.train(resume_from_checkpoint=run.checkpoint)
+        # By --eval_strategy the last step may not be validated, or the best model have come back
+        if validation.last_step != trainer.state.global_step or args.load_best_model_at_end:
+            trainer.evaluate()
+        if interruption.agreed():
+            raise Stopped
     except Stopped as stop:
         raise Stopped(trainer.last_saved, agreed=True) from stop
-    # By --eval_strategy the last step may not be validated, or the best model may have come back
-    if validation.last_step != trainer.state.global_step or args.load_best_model_at_end:
-        trainer.evaluate()
+    finally:
+        interruption.training = False
     if writer:
         writer.close()
     return trainer
@@ -4286,22 +4362,22 @@ def main(
     with interruption.listening():
         try:
             return run(argv)
-        except InputError as error:
-            code, agreed = 2, False
-            if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-                report(script, str(error))
-        except RunError as error:
-            code, agreed = 1, error.on_all
-            if not agreed or int(os.environ.get("RANK", "0")) == 0:
+        except (InputError, RunError) as error:
+            code, agreed = (1, error.on_all) if isinstance(error, RunError) else (2, False)
+            first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+            if Watch.current.first_to_tell() if Watch.current else first:
                 report(script, str(error))
         except Stopped as stop:
             code, agreed = 128 + interruption.signal, stop.agreed
             say(f"{signal.Signals(interruption.signal).name}: {stop}")
         except Exception:
+            if not torch.distributed.is_initialized():
+                raise
             interruption.training = True  # the launcher's SIGTERM shall not come between
             if Watch.current:  # which ends this process if another's death was the reason
                 Watch.current.join(2 * (Watch.interval + Watch.grace))
-            raise
+            traceback.print_exc()
+            end_process(1)
     if agreed and Watch.current:
         Watch.current.leave()
     if torch.distributed.is_initialized():

@@ -16,7 +16,7 @@ import torch
 import yaml
 from conftest import ROOT, tagged_records, write_jsonl
 from safetensors.torch import load_file, save_file
-from test_run import refusal
+from test_run import launch, refusal
 
 import train_confidence_lora as confidence
 from train_confidence_lora import damage, main
@@ -99,6 +99,17 @@ def test_a_run_cut_off_after_its_last_step_is_only_finished(line, capsys):
     said = capsys.readouterr().out
     assert f"resuming from {out / 'checkpoint-8'}" in said
     assert "step 8/8" not in said
+    assert adapter(out) == whole
+
+
+def test_two_processes_go_on_exactly_in_the_midst_of_a_later_epoch(line):
+    arguments, out = line
+    arguments = [*arguments, "--batch_size", "4", "--max_steps", "14", "--no_bf16"]
+    launch(2, arguments)
+    whole = adapter(out)
+    cut_after(out, 10)
+    said = launch(2, arguments)
+    assert f"resuming from {out / 'checkpoint-10'}" in said
     assert adapter(out) == whole
 
 
@@ -196,8 +207,10 @@ def test_a_model_that_has_changed_in_its_place_is_refused(line, tiny_models, tmp
 
 def test_what_changes_no_step_may_change_when_a_run_goes_on(interrupted):
     arguments, out, whole, _ = interrupted
-    main([*arguments, "--logging_steps", "4", "--save_steps", "4", "--run_name", "again"])
+    main([*arguments, "--logging_steps", "4", "--save_steps", "1", "--run_name", "again"])
     assert adapter(out) == whole
+    state = json.loads((out / "checkpoint-7" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4]
 
 
 def test_an_update_may_be_split_otherwise_and_the_run_says_what_that_means(interrupted, capsys):
@@ -457,3 +470,40 @@ def test_settings_of_a_damaged_folder_are_refused_in_a_sentence(interrupted, cap
     for text in ("a: [", "- a\n", yaml.safe_dump(saved | {"resolved": 3}), "\x00"):
         (out / "settings.yaml").write_text(text)
         assert str(out / "settings.yaml") in refusal(arguments, capsys)
+
+
+def test_a_token_is_in_nothing_that_a_run_says_or_leaves(line, capsys):
+    arguments, out = line
+    main([*arguments, "--max_steps", "2", "--hub_token", "hf_secret"])
+    said = capsys.readouterr()
+    assert "hf_secret" not in said.out + said.err
+    left = [path for path in out.rglob("*") if path.is_file()]
+    assert len(left) > 20
+    assert not [path for path in left if b"hf_secret" in path.read_bytes()]
+
+
+def test_a_pickle_in_a_checkpoint_runs_nothing(interrupted, tmp_path, capsys):
+    """Even one that its checksums vouch for."""
+    arguments, out, _, _ = interrupted
+    proof = tmp_path / "ran"
+
+    class Harmful:
+        def __reduce__(self):
+            return Path.touch, (proof,)
+
+    path = out / "checkpoint-4" / "processes.pt"
+    torch.save(Harmful(), path)
+    confidence.seal(path.parent)
+    with pytest.raises(Exception, match="Weights only"):
+        main(arguments)
+    assert not proof.exists()
+
+
+def test_the_best_model_and_the_last_step_are_both_kept(line):
+    """With room for one checkpoint: what is best at the end must not cost the last step."""
+    arguments, out = line
+    main([*arguments, "--save_total_limit", "1", "--load_best_model_at_end", "--eval_steps", "2",
+          "--metric_for_best_model", "nll", "--learning_rate", "0.5"])  # fmt: skip
+    state = json.loads((out / "checkpoint-8" / "trainer_state.json").read_text())
+    kept = {Path(state["best_model_checkpoint"]).name, "checkpoint-8"}
+    assert {path.name for path in out.glob("checkpoint-*")} == kept

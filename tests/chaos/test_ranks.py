@@ -6,7 +6,8 @@ import time
 
 import psutil
 import pytest
-from harness import adapter, command_line, launch
+from harness import command_line, launch
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.chaos
 
@@ -42,19 +43,24 @@ def test_a_restart_that_is_allowed_completes_the_run(tiny_models, tmp_path):
     os.kill(run.workers()[3], signal.SIGKILL)
     assert run.finish() == 0, run.said
     assert "resuming from" in run.said
-    assert adapter(out) == adapter(tmp_path / "whole")
+    # Of more than two numbers DDP sums the last bits by how it arranged its buckets, which it does
+    # anew after a restart
+    expected = load_file(tmp_path / "whole" / "final" / "adapter_model.safetensors")
+    actual = load_file(out / "final" / "adapter_model.safetensors")
+    for name, tensor in expected.items():
+        assert (actual[name] - tensor).abs().max() < 1e-3, name
 
 
 def test_with_fewer_processes_the_run_goes_on_in_the_same_updates(tiny_models, tmp_path):
     out = tmp_path / "run"
-    line = command_line(tiny_models["untied"], tmp_path, out)
+    line = command_line(tiny_models["untied"], tmp_path, out, "--max_steps", "400")
     run = launch(2, line)
     assert run.wait_for("^step 20/"), run.said
     run.kill()
     run = launch(1, line)
     assert run.finish() == 0, run.said
     assert "num_processes was 2, is 1" in run.said
-    assert "100 steps of 8 records (4 x 2 accumulation x 1 processes)" in run.said
+    assert "400 steps of 8 records (4 x 2 accumulation x 1 processes)" in run.said
 
 
 def test_an_error_on_one_process_ends_the_others(tiny_models, tmp_path):
