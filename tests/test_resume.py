@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -425,19 +424,24 @@ def test_a_signal_saves_the_step_in_progress_and_the_run_goes_on_exactly(number,
     assert adapter(out) == adapter(out.with_name("whole"))
 
 
-def test_a_second_signal_ends_the_run_at_once(line):
-    arguments, _ = line
-    run = start([*arguments, "--max_steps", "3000", "--batch_size", "40", "--save_steps", "3000"])
-    for text in run.stdout:
-        if text.startswith("step 2/"):
-            break
-    run.send_signal(signal.SIGSTOP)  # or it would be saved and over before the second one
-    run.send_signal(signal.SIGTERM)
-    run.send_signal(signal.SIGCONT)
-    time.sleep(confidence.Interruption.same + 0.2)
-    run.send_signal(signal.SIGTERM)
-    run.communicate(timeout=60)
-    assert run.returncode == 128 + signal.SIGTERM
+TOLD_THRICE = """import os, signal, time
+import train_confidence_lora as confidence
+with confidence.interruption.listening():
+    confidence.interruption.training = True
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("the launcher's copy is no second one", flush=True)
+    time.sleep(confidence.Interruption.same + 0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here")
+"""
+
+
+def test_a_second_signal_ends_the_run_at_once():
+    command = [sys.executable, "-c", TOLD_THRICE]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "the launcher's copy is no second one\n"
+    assert ended.returncode == 128 + signal.SIGTERM
 
 
 def test_a_signal_before_training_ends_the_run_in_one_line(line):
