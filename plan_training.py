@@ -1568,11 +1568,15 @@ def gpu_words(gpus: list[Gpu]) -> str:
     return kinds if len(gpus) == 1 else f"{len(gpus)}: {kinds}; {total:.1f} GiB in all"
 
 
+# Seconds in which a run that is told to stop may save its step; torchrun's own are 30
+SAVING_TIME = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
+
+
 def start(launch: Launch, tensorboard: bool) -> int:
     """Runs the command in this process's place, or with TensorBoard as long as it runs. Then what
     this process is told to stop by reaches the training, once, and its exit code is returned: 128
     and the number of the signal that killed it, if one did."""
-    environment = {**os.environ, **launch.environment}
+    environment = {**SAVING_TIME, **os.environ, **launch.environment}
     sys.stdout.flush()
     if not tensorboard:
         os.execvpe(launch.command[0], launch.command, environment)

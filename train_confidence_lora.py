@@ -1665,11 +1665,9 @@ class Interruption:
     def listening(self) -> Iterator[None]:
         self.signal, earlier = 0, {}
         if threading.current_thread() is threading.main_thread():  # Python allows it no other
-            ignored = [
-                number for number in self.handled if signal.getsignal(number) == signal.SIG_IGN
-            ]
-            for number in set(self.handled) - set(ignored):  # nohup ignores SIGHUP
-                earlier[number] = signal.signal(number, self.receive)
+            for number in self.handled:
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                    earlier[number] = signal.signal(number, self.receive)
         try:
             yield
         finally:

@@ -88,6 +88,8 @@ else
 fi
 # Records differ in length: memory in pieces that can grow is not lost between them
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# Seconds in which a run that is told to stop may save its step; torchrun's own are 30
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 
 # accelerate's MULTI_GPU refuses a single process, which needs no launcher
 launch=(-m accelerate.commands.launch --config_file train_config_4gpu.yaml
