@@ -1757,8 +1757,8 @@ class Watch(threading.Thread):
         """Whether no other process of this machine has said the verdict."""
         try:
             return self.store.add(f"told on {self.processes[self.rank][0]}", 1) == 1
-        except RuntimeError:
-            return self.rank == min(rank for rank in self.mine if not self.gone(rank))
+        except RuntimeError:  # the store went with the process that held it
+            return self.rank == self.mine[0]
 
     def run(self) -> None:
         unreachable = 0

@@ -120,7 +120,7 @@ def make_trainer(kind: str, folder: Path, options: argparse.Namespace):
         trainer = Trainer(
             model=model,
             args=TrainingArguments(**arguments),
-            train_dataset=rows.remove_columns("length"),
+            train_dataset=rows.remove_columns(["length", "source"]),
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
             processing_class=tokenizer,
             compute_loss_func=weighted,
