@@ -42,7 +42,7 @@ demo-data: setup  ## make the demo's model, questions and tagged answers again (
 	$(RUN) tag_answers.py --model_name demo/model --questions demo/questions.jsonl \
 		--output tagged/demo/demo_all_tagged.jsonl --val_fraction 0.2 --max_new_tokens 16
 
-test: $(VENV)/.deepspeed  ## all tests (CPU, 10 minutes)
+test: $(VENV)/.deepspeed  ## all tests but the chaos ones (CPU, 11 minutes)
 	$(RUN) -m pytest -q -n 2
 
 test-eval: setup  ## those of evaluation, callbacks, configuration and failures, with coverage

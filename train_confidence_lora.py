@@ -2751,6 +2751,8 @@ class LabelTrainer(Trainer):
         self.flops_per_token = recipe.flops_per_token(self.model, recompute)
         self.model_accepts_loss_kwargs = True  # we divide by the labels of the whole global batch
         self._loss_shifts_labels = False  # and the collator's labels hold no first column to drop
+        lengths = list(self.train_dataset["length"])
+        self.sampler = LengthGroupedSampler(lengths, global_batch_size(self.args), self.args.seed)
         # What this process has trained on: real tokens, labels, their summed cross-entropy
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         self.timed = (time.perf_counter(), 0.0)  # when, and of how many tokens, log() last told
@@ -2861,8 +2863,6 @@ class LabelTrainer(Trainer):
         return found or [name for batch in bad for name in batch["source"]]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        lengths = list((train_dataset or self.train_dataset)["length"])
-        self.sampler = LengthGroupedSampler(lengths, global_batch_size(self.args), self.args.seed)
         return self.sampler
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
