@@ -24,7 +24,7 @@ def test_twenty_kills_at_random_moments_change_no_byte(tiny_models, tmp_path):
     for _ in range(20):
         run = launch(2, line)
         assert run.wait_for("^step |^resuming from"), run.said
-        time.sleep(moments.uniform(0, 2.5))
+        time.sleep(moments.uniform(0, 1.5))
         run.kill()
         assert not (out / "summary.json").exists(), "it was over before it was killed"
         while_saving += any(path.name.endswith((".new", ".old")) for path in out.iterdir())
