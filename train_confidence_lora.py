@@ -396,6 +396,7 @@ from transformers.distributed import DistributedConfig
 from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_liger_kernel_available
 
 
@@ -1496,6 +1497,11 @@ def sharding() -> str | None:
     return "zero3" if is_deepspeed_zero3_enabled() else None
 
 
+def under_deepspeed() -> bool:
+    """Whether the launch, or a flag of transformers, asked for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
 def check_strategy(trainer: Trainer) -> None:
     """Refuses to train otherwise than the launch asked for: accelerate falls back silently.
 
@@ -1503,7 +1509,7 @@ def check_strategy(trainer: Trainer) -> None:
         InputError: naming what was asked for and what there is.
     """
     asked = {"zero3": "DEEPSPEED", "fsdp2": "FSDP"}.get(sharding())
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if under_deepspeed():
         asked = "DEEPSPEED"
     kind = trainer.accelerator.distributed_type.value
     if asked not in (None, kind):
@@ -1534,36 +1540,34 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file's content at once: a reader or a crash finds the old text or the new one."""
-    new = path.with_name(f".{path.name}.new")
+    new = staging(path)
     new.write_text(text, encoding="utf-8")
     sync(new)
     new.replace(path)
 
 
-def staging(folder: Path) -> Path:
-    """Where the content of a folder is prepared; its name begins with a dot."""
-    return folder.with_name(f".{folder.name}.new")
+def staging(path: Path) -> Path:
+    """Where the content of a file or folder is prepared; its name begins with a dot."""
+    return path.with_name(f".{path.name}.new")
+
+
+def set_aside(folder: Path) -> Path:
+    """Takes a folder's name from it, so that what a crash leaves of it is not taken for it."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    return folder.rename(old)
 
 
 def replace_folder(folder: Path) -> None:
     """Puts what was prepared in its staging folder in the place of `folder`, at once."""
-    new, old = staging(folder), folder.with_name(f".{folder.name}.old")
+    new = staging(folder)
     for path in [*new.rglob("*"), new]:
         sync(path)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
+    old = set_aside(folder) if folder.exists() else None
     new.rename(folder)
     sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """Deletes a folder; what is left of it after a crash does not have its name."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    shutil.rmtree(old, ignore_errors=True)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:
@@ -1612,8 +1616,18 @@ def damage(checkpoint: Path) -> str | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
+    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return sorted((path for path in found if step_of(path) is not None), key=step_of)
+
+
+def checkpoint_folder(folder: str | Path, step: int) -> Path:
+    return Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step that a checkpoint's folder is named after; None if it is named otherwise."""
+    number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number.isdecimal() else None
 
 
 def no_room(folder: Path, error: Exception) -> str:
@@ -2789,11 +2803,9 @@ class LabelTrainer(Trainer):
     def training_step(self, model: torch.nn.Module, inputs: dict, *rest: Any) -> torch.Tensor:
         try:
             return super().training_step(model, inputs, *rest)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            too_large = torch.OutOfMemoryError, MemoryError
-            if not isinstance(error, too_large) and "t allocate memory" not in str(
-                error
-            ):  # a CPU's
+        except (MemoryError, RuntimeError) as error:
+            on_a_cpu = "t allocate memory" in str(error)
+            if not (on_a_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))):
                 raise
             rows, length = inputs["input_ids"].shape
             size = self.args.per_device_train_batch_size
@@ -2833,9 +2845,7 @@ class LabelTrainer(Trainer):
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         self.stopping, failed = flags.tolist()
         if failed:
-            sources = sorted(
-                {name for names in gather_object([self._offenders()]) for name in names}
-            )
+            sources = sorted(set(gather_object(self._offenders())))
             raise RunError(
                 "the loss or its gradient is not a finite number at step "
                 f"{self.state.global_step + 1} of {self.state.max_steps}: look at these records, "
@@ -2851,11 +2861,10 @@ class LabelTrainer(Trainer):
         if not any(gather_object([len(bad)])):  # the gradient alone
             bad = [batch for _, batch in self.update]
         found = []
+        alone = not (sharding() or self.is_deepspeed_enabled)
         for batch in bad:
-            alone = not (sharding() or self.is_deepspeed_enabled) and len(
-                batch["input_ids"]
-            ) == len(batch["source"])
-            for i in range(len(batch["source"]) if alone else 0):
+            rows = len(batch["input_ids"])  # one, where a batch is flattened
+            for i in range(rows if alone and rows == len(batch["source"]) else 0):
                 one = {name: part[i : i + 1] for name, part in batch.items()}
                 with torch.no_grad(), self.compute_loss_context_manager():
                     loss, _ = self.batch_loss(self.model, one)
@@ -2988,9 +2997,9 @@ class LabelTrainer(Trainer):
             RunError: when it is the third time in a row.
         """
         self.store_flos()
-        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        folder = checkpoint_folder(self.args.output_dir, self.state.global_step)
         if best := self.state.best_global_step:
-            place = folder.with_name(f"checkpoint-{best}")
+            place = checkpoint_folder(self.args.output_dir, best)
             if place == folder or place.is_dir():
                 self.state.best_model_checkpoint = str(place)
         progress = gather_object([self._progress()])
@@ -3073,7 +3082,7 @@ class LabelTrainer(Trainer):
         spare = [path for path in known if str(path) not in needed]
         too_many = len(known) - (self.save_total_limit or len(known))
         for path in spare[: max(0, too_many)]:
-            remove_folder(path)
+            shutil.rmtree(set_aside(path), ignore_errors=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if sharding() != "tp":
@@ -3212,9 +3221,8 @@ class EvaluationCallback(TrainerCallback):
         path = self.output_dir / "validation.jsonl"
         if path.is_file():
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            self.history = [line for line in lines if line["step"] <= state.global_step]
-            if args.eval_on_start:  # to be done again
-                self.history = [line for line in self.history if line["step"] < state.global_step]
+            done = state.global_step - args.eval_on_start  # this step's is then still to be done
+            self.history = [line for line in lines if line["step"] <= done]
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         self.last_step = state.global_step
@@ -3538,19 +3546,15 @@ FREE_SETTINGS = set(
     "enable_jit_checkpoint".split()
 )
 # … and these only how an update is split, on which the last bits of a sum depend
-SPLIT_SETTINGS = {
-    "num_processes": "num_processes",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "global_batch_size": "global_batch_size",
-    "gradient_checkpointing": "gradient_checkpointing",
-}
-
-
+SPLIT_SETTINGS = (
+    "num_processes per_device_train_batch_size gradient_accumulation_steps global_batch_size "
+    "gradient_checkpointing"
+).split()
 RESOLVED = set(  # what settings.yaml tells of a run besides its flags
     "global_batch_size content launch per_device_train_batch_size gradient_accumulation_steps "
     "gradient_checkpointing bits".split()
 )
+REMEDY = "give another --output_dir, or --overwrite_output_dir to delete that run"
 
 
 def check_writable(folder: Path) -> None:
@@ -3583,9 +3587,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not whole or not isinstance(saved.get("num_processes"), int):
         raise InputError(f"{path} is not what a run of this version wrote: {REMEDY}")
     return saved
-
-
-REMEDY = "give another --output_dir, or --overwrite_output_dir to delete that run"
 
 
 def check_output_dir(
@@ -3663,8 +3664,8 @@ def check_same_run(folder: Path, earlier: dict[str, Any], saved: dict[str, Any])
             f"{listing(differing)}\n{REMEDY}"
         )
     changes = [
-        f"{flag} was {earlier.get(key)}, is {saved.get(key)}"
-        for key, flag in SPLIT_SETTINGS.items()
+        f"{ALIASES.get(key, key)} was {earlier.get(key)}, is {saved.get(key)}"
+        for key in SPLIT_SETTINGS
         if earlier.get(key) != saved.get(key)
     ]
     changes += [
@@ -3797,7 +3798,7 @@ def load_no_code() -> None:
     """Has torch.load refuse a pickle that would run something, whatever its caller says: DeepSpeed
     would load any. The classes below are its own and hold data."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if under_deepspeed():
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
@@ -3926,13 +3927,13 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def must_be_written(what: str, folder: Path) -> Iterator[None]:
-    """Has a failure to write within it end the run in one message."""
+def must_be_written(path: Path) -> Iterator[None]:
+    """Has a failure to write `path` within it end the run in one message."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise RunError(
-            f"{what} cannot be written: {no_room(folder, error)}; {GOES_ON}", on_all=False
+            f"{path} cannot be written: {no_room(path.parent, error)}; {GOES_ON}", on_all=False
         ) from error
 
 
@@ -3943,7 +3944,7 @@ def finish(
     folder = validation.output_dir
     after, before = validation.last_and_first()
     if trainer.is_world_process_zero():
-        with must_be_written(f"{folder / 'final'}", folder):
+        with must_be_written(folder / "final"):
             save_adapter(trainer.model, trainer.processing_class, folder / "final", after)
         say(f"\n{settings.adapter} adapter of {settings.model_name}\n{format_table(after, before)}")
     return end_run(
@@ -3991,7 +3992,7 @@ def end_run(
         "validation": after,
         "validation_before_training": before,
     }
-    with must_be_written(f"{folder / 'summary.json'}", folder):
+    with must_be_written(folder / "summary.json"):
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     if settings.hf_repo:
         create_repo(settings.hf_repo, exist_ok=True)
@@ -4101,19 +4102,12 @@ def open_run(settings: RunSettings, training: dict[str, Any]) -> Run:
     dtype = resolve_precision(training)
     given = training.pop("resume_from_checkpoint", None)
     folder, saved = Path(training["output_dir"]), settings_to_save(settings, training)
-    source_folder = Path(given).parent if given else folder
     bits = 8 if settings.load_in_8bit else 4 if settings.load_in_4bit else None
     measure = training["per_device_train_batch_size"] == "auto"
     problem, earlier = None, {}
     try:
         check_writable(folder)
-        try:
-            earlier = read_settings(source_folder)
-        except InputError:  # what is to be deleted need not be readable
-            if given or not settings.overwrite_output_dir:
-                raise
-        if settings.overwrite_output_dir and not given and not restarted(earlier):
-            earlier = {}
+        earlier = find_earlier(folder, given, settings.overwrite_output_dir)
         if earlier:
             keep_split(training, settings, earlier)
             measure, bits = False, earlier["resolved"]["bits"]
@@ -4164,13 +4158,30 @@ def open_run(settings: RunSettings, training: dict[str, Any]) -> Run:
     if checkpoint:
         args.eval_on_start = False
         check_resumable(Path(checkpoint), earlier, args.world_size)
-    if measure and (sharding() or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"):
+    if measure and (sharding() or under_deepspeed()):
         raise InputError(
             "--batch_size auto measures a model that one process holds, and this launch splits it: "
             "give --batch_size N (plan_training.py memory says what fits)"
         )
     set_seed(args.seed)
     return Run(folder, saved, checkpoint, args, dtype, measure, bits)
+
+
+def find_earlier(folder: Path, given: str | None, overwrite: bool) -> dict[str, Any]:
+    """The settings of the run to go on with; empty if there is none, or it is to be deleted.
+
+    Raises:
+        InputError: if they cannot be read.
+    """
+    if given:
+        return read_settings(Path(given).parent)
+    try:
+        earlier = read_settings(folder)
+    except InputError:
+        if overwrite:  # what is to be deleted need not be readable
+            return {}
+        raise
+    return {} if overwrite and not restarted(earlier) else earlier
 
 
 def keep_split(training: dict[str, Any], settings: RunSettings, earlier: dict[str, Any]) -> None:
@@ -4224,10 +4235,9 @@ def check_resumable(checkpoint: Path, earlier: dict[str, Any], processes: int) -
             "a tensor parallel run cannot go on from a checkpoint: --overwrite_output_dir begins "
             "it anew"
         )
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     before = earlier["num_processes"]
-    if processes != before and (deepspeed or sharding() == "pp"):
-        kind = "DeepSpeed" if deepspeed else "a pipeline"
+    if processes != before and (under_deepspeed() or sharding() == "pp"):
+        kind = "DeepSpeed" if under_deepspeed() else "a pipeline"
         raise InputError(
             f"{checkpoint} is of {before} processes, and {kind} saves each one's own part: launch "
             f"{before} again"
@@ -4237,8 +4247,8 @@ def check_resumable(checkpoint: Path, earlier: dict[str, Any], processes: int) -
 def curves(folder: Path, checkpoint: str | None) -> SummaryWriter:
     """A writer for TensorBoard, which forgets what a run that goes on does again, and gives up in a
     word where the disk is full: the run must not end by it."""
-    step = int(Path(checkpoint).name[11:]) + 1 if checkpoint else None
-    writer = SummaryWriter(str(folder), purge_step=step)
+    done = step_of(Path(checkpoint)) if checkpoint else None
+    writer = SummaryWriter(str(folder), purge_step=None if done is None else done + 1)
 
     def forgiving(write: Callable) -> Callable:
         def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -4280,7 +4290,7 @@ def train(
     )
     PartialState().wait_for_everyone()  # all have looked into the folder before one changes it
     if args.process_index == 0:
-        with must_be_written(f"{run.folder / 'settings.yaml'}", run.folder):
+        with must_be_written(run.folder / "settings.yaml"):
             start_output_dir(run.folder, run.saved, run.checkpoint)
         if "tensorboard" in report_targets(run.saved):
             validation.writer = curves(run.folder / "logs", run.checkpoint)

@@ -1117,8 +1117,6 @@ class LanguageEvaluation(EvaluationCallback):
         for indices, counts in self._share([row["length"] for row in sequences]):
             batch = self.collator([sequences[i] for i in indices])
             batch = send_to_device(batch, model.device)
-            if interruption.agreed():
-                raise Stopped
             with torch.no_grad():
                 loss, labels = batch_loss(model, batch)
             if counts:
@@ -1130,8 +1128,6 @@ class LanguageEvaluation(EvaluationCallback):
     def _rouge(self, model: torch.nn.Module) -> dict[str, float]:
         found = []
         for indices, counts in self._share([len(prompt) for prompt, _ in self.questions]):
-            if interruption.agreed():
-                raise Stopped
             with torch.inference_mode():
                 generated = generate_answers(
                     model,
@@ -1155,11 +1151,13 @@ class LanguageEvaluation(EvaluationCallback):
 
     def _share(self, lengths: list[int]) -> Iterator[tuple[list[int], bool]]:
         """This process's batches of indices. So that every process has as many, one whose share is
-        shorter does its first again, which then does not count."""
+        shorter does its first again, which then does not count. Stopped is raised between two."""
         replica, part = divmod(PartialState().process_index, model_parallel_size())
         share = math.ceil(len(lengths) / replicas())
         batches = plan_batches(lengths, max(1, min(self.batch_size, share)))
         for first in range(0, len(batches), replicas()):
+            if interruption.agreed():
+                raise Stopped
             at = first + replica
             yield (batches[at], part == 0) if at < len(batches) else (batches[0], False)
 
@@ -1223,7 +1221,7 @@ def check_length(model: torch.nn.Module, settings: LanguageSettings) -> None:
 def save_model(trainer: LabelTrainer, folder: Path) -> None:
     """Writes model or adapter, and tokenizer. All processes take part, since each may hold but a
     part of it; the folder changes its content at once or not at all."""
-    with must_be_written(str(folder), folder.parent):
+    with must_be_written(folder):
         trainer.save_model(str(staging(folder)))
         if trainer.is_world_process_zero():
             replace_folder(folder)

@@ -87,6 +87,11 @@ def tagged_records(count, seed=0):
     return records
 
 
+def adapter(run):
+    """The bytes of a run's final adapter."""
+    return (Path(run) / "final" / "adapter_model.safetensors").read_bytes()
+
+
 def make_would_run(*words):
     """The commands of a target of the Makefile, which are not run."""
     command = ["make", "--no-print-directory", "-n", *words]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, tagged_records, write_jsonl
+from conftest import ROOT, adapter, tagged_records, write_jsonl
 from safetensors.torch import load_file, save_file
 from test_run import launch, refusal
 
@@ -31,10 +31,6 @@ def line(train_file, tiny_models, tmp_path):
     out = tmp_path / "run"
     return ["--model_name", tiny_models["untied"], "--train_data", train_file,
             "--output_dir", str(out), *STEPS], out  # fmt: skip
-
-
-def adapter(out):
-    return (out / "final" / "adapter_model.safetensors").read_bytes()
 
 
 def cut_after(out, step):

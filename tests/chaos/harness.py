@@ -90,7 +90,3 @@ def command_line(model, folder, out, *more):
             "8", "--max_steps", "100", "--save_steps", "2", "--eval_steps", "50",
             "--logging_steps", "5", "--lora_dropout", "0.1", "--learning_rate", "1e-3",
             "--val_samples", "4", *more]  # fmt: skip
-
-
-def adapter(folder):
-    return (Path(folder) / "final" / "adapter_model.safetensors").read_bytes()

@@ -4,7 +4,8 @@ import random
 import subprocess
 
 import pytest
-from harness import adapter, command_line, launch
+from conftest import adapter
+from harness import command_line, launch
 
 from train_confidence_lora import checkpoints, damage, main
 

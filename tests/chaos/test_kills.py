@@ -6,7 +6,8 @@ import signal
 import time
 
 import pytest
-from harness import adapter, command_line, launch
+from conftest import adapter
+from harness import command_line, launch
 
 from train_confidence_lora import checkpoints, damage
 
