@@ -49,12 +49,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def question_key(record: Record) -> str:
-    """What makes a question the same one: dataset, question, passage and options."""
-    parts = [record.get(part) for part in ("dataset", "question", "context", "options")]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 def is_validation(key: str, share: float, seed: int) -> bool:
     """Decides by a hash of the question's key: the same question falls on the same side whichever
     model answers it and whatever else is in the file."""
@@ -104,7 +98,9 @@ def answer_questions(arguments: argparse.Namespace, records: list[Record], folde
     import train_confidence_lora as confidence
 
     done = read_answers(folder)
-    waiting = [record for record in records if question_key(record) not in done]
+    # under its own key, since what follows may shorten the passage
+    waiting = [{**record, "key": confidence.question_key(record)} for record in records]
+    waiting = [record for record in waiting if record["key"] not in done]
     # hours, since one process may have longer answers to write than the others
     cpu = not torch.cuda.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(hours=6))
@@ -136,7 +132,7 @@ def answer_questions(arguments: argparse.Namespace, records: list[Record], folde
             for i, ids, finished in zip(batch, generated.answers, generated.finished):
                 text = tokenizer.decode(ids, skip_special_tokens=True)
                 response = text.replace("\0", "").strip()  # NUL, which no reader takes
-                row = {"key": question_key(fitting[i]), "response": response, "finished": finished}
+                row = {"key": fitting[i]["key"], "response": response, "finished": finished}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             left = (time.perf_counter() - start) / number * (len(batches) - number)
@@ -154,7 +150,7 @@ def tag(records: list[Record], answers: dict[str, dict]) -> tuple[list[dict], Co
 
     tagged, counts = [], Counter()
     for record in records:
-        answer = answers.get(question_key(record))
+        answer = answers.get(confidence.question_key(record))
         if answer is None:
             counts["no answer (too long)"] += 1
             continue
@@ -190,7 +186,7 @@ def run(arguments: argparse.Namespace) -> None:
         if record.get("answer") is None:
             where = f"{record['file']}:{record['line']}"
             raise confidence.InputError(f'{where}: "answer" is missing: nothing to judge by')
-    unique = {question_key(record): record for record in records}
+    unique = {confidence.question_key(record): record for record in records}
     if len(unique) < len(records):
         confidence.say(f"warning: {len(records) - len(unique)} questions appear twice; one is kept")
         records = list(unique.values())
@@ -208,6 +204,8 @@ def write_tagged(
     arguments: argparse.Namespace, records: list[Record], output: Path, stem: str, folder: Path
 ) -> None:
     """Judges all answers, splits them, writes the training file and the validation files."""
+    from train_confidence_lora import question_key
+
     tagged, counts = tag(records, read_answers(folder))
     train, validation = [], {}
     for record in tagged:

@@ -600,13 +600,9 @@ def check_values(record: dict[str, Any], escapes: bool) -> None:
     raise ValueError(f"nested deeper than {MAX_NESTING} levels")
 
 
-def parse_record(line: str) -> Record:
-    """One line of a data file as a Record.
-
-    Raises:
-        ValueError: with the reason, in words, why the line is not a record.
-    """
-    record = parse_object(line)
+def check_question(record: dict[str, Any]) -> None:
+    """ValueError, with the reason in words, if the parts of a record that ask are not as they must
+    be: question, dataset, context, options."""
     question, name = record.get("question"), record.get("dataset")
     if not isinstance(question, str) or not question.strip():
         raise ValueError('"question" is missing or empty')
@@ -621,13 +617,31 @@ def parse_record(line: str) -> Record:
         and all(isinstance(part, str) for pair in options.items() for part in pair)
     ):
         raise ValueError('"options" must be an object of strings, {"A": "...", "B": "..."}')
+    letters = DATASETS[name].answers == "letter"
+    if letters and not all(re.fullmatch(r"[^\W_]", key) for key in options or {}):
+        raise ValueError('the keys of "options" must be single letters, {"A": "...", "B": "..."}')
+
+
+def question_key(record: Record) -> str:
+    """What makes a question the same one: dataset, question, passage and options."""
+    parts = [record.get(part) for part in ("dataset", "question", "context", "options")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def parse_record(line: str) -> Record:
+    """One line of a data file as a Record.
+
+    Raises:
+        ValueError: with the reason, in words, why the line is not a record.
+    """
+    record = parse_object(line)
+    check_question(record)
     for derived in ("response", "confident"):  # of the tagged response alone, never of the file
         record.pop(derived, None)
-    kind, answer = DATASETS[name].answers, record.get("answer")
+    name, options, answer = record["dataset"], record.get("options"), record.get("answer")
+    kind = DATASETS[name].answers
     if isinstance(answer, (dict, list)) or (kind == "letter" and isinstance(answer, bool)):
         raise ValueError(f'"answer" is {type(answer).__name__}, which answers no question here')
-    if kind == "letter" and not all(re.fullmatch(r"[^\W_]", key) for key in options or {}):
-        raise ValueError('the keys of "options" must be single letters, {"A": "...", "B": "..."}')
     if "tagged_response" in record:
         record.update(split_tag(record["tagged_response"], DATASETS[name].domain))
     elif answer is None:
@@ -858,14 +872,23 @@ def build_prompt(tokenizer: PreTrainedTokenizerBase, record: Record) -> str:
     The model's chat template is used; a base model without one gets "… Answer:". The text holds
     every special token the model needs, so encode it with `add_special_tokens=False`.
     """
+    instruction = INSTRUCTIONS[DATASETS[record["dataset"]].answers]
+    return as_prompt(tokenizer, f"{question_text(record)}\n\n{instruction}")
+
+
+def question_text(record: Record) -> str:
+    """A record's passage, question and options."""
     parts = []
     if record.get("context"):
         parts.append(f"Passage: {record['context']}")
     parts.append(f"Question: {record['question']}")
     if record.get("options"):
         parts.append("\n".join(f"{key}. {text}" for key, text in record["options"].items()))
-    parts.append(INSTRUCTIONS[DATASETS[record["dataset"]].answers])
-    message = "\n\n".join(parts)
+    return "\n\n".join(parts)
+
+
+def as_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+    """What has the model answer a user's message."""
     if tokenizer.chat_template is None:
         return f"{tokenizer.bos_token or ''}{message}\n\nAnswer:"
     return tokenizer.apply_chat_template(
@@ -2458,12 +2481,14 @@ def score_batch(
     tokenizer: PreTrainedTokenizerBase,
     records: list[Record],
     max_new_tokens: int | None,
+    domain: str | None = None,
 ) -> list[tuple[float, str | None, str]]:
     """P(C), the tag written and the answer of each record of a batch.
 
     The model answers in at most `max_new_tokens`; with None the recorded answers are scored. Where
     the model wrote no marker or tag, P(C) is read all the same, the tag's position forced. With an
     activated adapter the base model answers, and the tag is the likelier of the domain's two.
+    `domain`: whose tags are read, instead of those of each record's own.
     """
     ids = confidence_ids(tokenizer)
     activated = is_activated(model)
@@ -2487,19 +2512,52 @@ def score_batch(
                 tokenizer.decode(answer, skip_special_tokens=True) for answer in generated.answers
             ]
     logits = exact_logits(model, cache, mask, ids)
-    domains = [DATASETS[record["dataset"]].domain for record in records]
+    domains = [domain or DATASETS[record["dataset"]].domain for record in records]
     confidences = tag_probability(logits, [ids.tags[domain] for domain in domains]).tolist()
     if activated:
         emitted = ["C" if confidence >= 0.5 else "U" for confidence in confidences]
     else:
         written = logits.argmax(dim=-1).tolist() if max_new_tokens is None else generated.tags
         emitted = [
-            letter if domain in (None, wanted) else "other"
-            for wanted, (domain, letter) in zip(
+            letter if found in (None, wanted) else "other"
+            for wanted, (found, letter) in zip(
                 domains, [ids.meaning.get(token, (None, None)) for token in written], strict=True
             )
         ]
     return list(zip(confidences, emitted, responses))
+
+
+class Scorer:
+    """score_batch() in as many parts as memory asks for, which is remembered."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None) -> None:
+        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        self.most_at_once = math.inf  # records that this process's memory has room for
+
+    def batches(self, records: list[Record], batch_size: int) -> list[list[int]]:
+        """Indices of the records in batches of like length."""
+        lengths = [
+            len(build_prompt(self.tokenizer, record)) + len(record.get("response", ""))
+            for record in records
+        ]
+        # An answer takes as many passes for one prompt as for many; a recorded one takes a single
+        # pass, of which a large batch would be padding
+        most = math.inf if self.max_new_tokens else ENOUGH_CHARACTERS
+        return plan_batches(lengths, max(1, batch_size), most)
+
+    def __call__(
+        self, model: PeftModel, records: list[Record], domain: str | None = None
+    ) -> list[tuple[float, str | None, str]]:
+        if len(records) <= self.most_at_once:
+            try:
+                return score_batch(model, self.tokenizer, records, self.max_new_tokens, domain)
+            except torch.OutOfMemoryError:
+                if len(records) == 1:
+                    raise
+            torch.cuda.empty_cache()
+            self.most_at_once = math.ceil(len(records) / 2)
+        half = math.ceil(len(records) / 2)
+        return self(model, records[:half], domain) + self(model, records[half:], domain)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3294,13 +3352,13 @@ class ValidationCallback(EvaluationCallback):
         super().__init__(output_dir, {})
         self.tokenizer, self.settings, self.batch_size = tokenizer, settings, batch_size
         self.max_new_tokens = settings.max_new_tokens if generate else None
+        self.score = Scorer(tokenizer, self.max_new_tokens)
         room = settings.max_seq_length - 2 - (MIN_ANSWER_TOKENS if generate else 0)
         for name, records in sets.items():
             if generate:  # the answer will take the recorded one's place
                 records = [{**record, "response": ""} for record in records]
             sample = draw_sample(records, settings.val_samples, f"{seed} {name}")
             self.samples[name] = fit_records(tokenizer, sample, room, f"validation set {name}")
-        self.most_at_once = math.inf  # records that this process's memory has room for
 
     def _validate_dataset(self, model: PeftModel, name: str) -> tuple[dict, list[Score]]:
         """Scores the sample of one set on all processes.
@@ -3311,22 +3369,15 @@ class ValidationCallback(EvaluationCallback):
         """
         start = time.perf_counter()
         records = self.samples[name]
-        lengths = [
-            len(build_prompt(self.tokenizer, record)) + len(record["response"])
-            for record in records
-        ]
         state = PartialState()
-        # An answer takes as many passes for one prompt as for many; a recorded one takes a single
-        # pass, of which a large batch would be padding
         share = math.ceil(len(records) / state.num_processes)
-        most = math.inf if self.max_new_tokens else ENOUGH_CHARACTERS
-        batches = plan_batches(lengths, max(1, min(self.batch_size, share)), most)
+        batches = self.score.batches(records, min(self.batch_size, share))
         mine = []
         for batch in batches[state.process_index :: state.num_processes]:
             if interruption.signal:
                 break
             chosen = [records[i] for i in batch]
-            results = self._score(model, chosen)
+            results = self.score(model, chosen)
             for i, record, (confidence, emitted, response) in zip(
                 batch, chosen, results, strict=True
             ):
@@ -3350,19 +3401,6 @@ class ValidationCallback(EvaluationCallback):
         figures = confidence_metrics(scores, self.settings.calib_p_norm, self.settings.calib_beta)
         figures["runtime"] = time.perf_counter() - start
         return figures, scores
-
-    def _score(self, model: PeftModel, records: list[Record]) -> list:
-        """score_batch() in as many parts as memory asks for, which is remembered."""
-        if len(records) <= self.most_at_once:
-            try:
-                return score_batch(model, self.tokenizer, records, self.max_new_tokens)
-            except torch.OutOfMemoryError:
-                if len(records) == 1:
-                    raise
-            torch.cuda.empty_cache()
-            self.most_at_once = math.ceil(len(records) / 2)
-        half = math.ceil(len(records) / 2)
-        return self._score(model, records[:half]) + self._score(model, records[half:])
 
     def _table(self, figures: dict[str, dict]) -> str:
         return format_table(figures)

@@ -4,7 +4,7 @@ import pytest
 from conftest import DEMO_MODEL, tagged_records, write_jsonl
 
 import tag_answers
-from train_confidence_lora import read_records
+from train_confidence_lora import question_key, read_records
 
 
 @pytest.fixture
@@ -91,9 +91,21 @@ def test_cut_off_and_unparsed_answers_are_counted_and_left_out(questions, tmp_pa
     name = {record["dataset"] for record in read_records(tmp_path / "out/demo_all_tagged.jsonl")}
     assert name == {"demo_reading"}
     unparsed, counts = tag_answers.tag(
-        [records[1]], {tag_answers.question_key(records[1]): {"response": "Hm.", "finished": True}}
+        [records[1]], {question_key(records[1]): {"response": "Hm.", "finished": True}}
     )
     assert (unparsed, counts) == ([], {"unparsed": 1})
+
+
+def test_a_question_whose_passage_was_shortened_keeps_its_answer(tmp_path, capsys):
+    [record] = [r for r in tagged_records(2) if r["dataset"] == "demo_reading"]
+    del record["tagged_response"]
+    record["context"] = "The shelf is old. " * 100 + record["context"]
+    path = write_jsonl(tmp_path / "questions.jsonl", [record])
+    for _ in range(2):
+        tag_answers.main(line(path, tmp_path / "out", "--max_seq_length", "128"))
+    assert "no answer" not in capsys.readouterr().out
+    answers = (tmp_path / "out" / "demo_answers" / "answers-0.jsonl").read_text().split()
+    assert question_key(record) in "".join(answers)
 
 
 def test_answers_of_another_model_are_not_mixed_in(questions, tiny_models, tmp_path, capsys):

@@ -17,7 +17,13 @@ from hypothesis import strategies as st
 import plan_training as plan
 import tag_answers
 import train_language_model as language
-from train_confidence_lora import InputError, judge_answer, parse_record, read_records
+from train_confidence_lora import (
+    InputError,
+    judge_answer,
+    parse_record,
+    question_key,
+    read_records,
+)
 
 pytestmark = pytest.mark.chaos
 SECONDS, MEGABYTES = 20, 500  # of one input; above what the imports and the sound inputs take
@@ -126,7 +132,7 @@ def read_everything(path):
         json.dumps(records).encode()  # the key of the cache of encodings
         for record in records:
             if "question" in record:
-                tag_answers.question_key(record)
+                question_key(record)
                 for response in (*RESPONSES, record.get("response", "")):
                     judge_answer(
                         record["dataset"], response, record.get("answer"), record.get("options")
