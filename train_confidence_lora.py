@@ -470,17 +470,22 @@ def check_settings(settings: Settings, training: dict[str, Any]) -> None:
             f"python tag_answers.py --model_name {settings.model_name} "
             f"--questions QUESTIONS.jsonl --output {settings.train_data}"
         )
+    check_sets(settings.val_data, "--val_data")
+
+
+def check_sets(items: list[str], flag: str) -> None:
+    """InputError if what a flag gives for read_sets() cannot be sets."""
     names = Counter()
-    for item in settings.val_data:
+    for item in items:
         name, _, path = item.partition("=")
         names[name] += 1
         if not name or not path:
-            raise InputError(f"--val_data {item}: write NAME=PATH, for example boolq={item}")
+            raise InputError(f"{flag} {item}: write NAME=PATH, for example boolq={item}")
         if names[name] > 1:
-            raise InputError(f"--val_data names {name} twice: give each set its own name")
+            raise InputError(f"{flag} names {name} twice: give each set its own name")
         if not Path(path).is_file() and ":" not in path:
             raise InputError(
-                f"--val_data {item}: there is no file {path}; a dataset of the Hugging Face Hub is "
+                f"{flag} {item}: there is no file {path}; a dataset of the Hugging Face Hub is "
                 "written NAME=HUB_ID:SPLIT, for example boolq=google/boolq:validation"
             )
 
@@ -1721,9 +1726,15 @@ class Interruption:
         if not self.training:
             raise Stopped
 
+    def join(self, number: int) -> None:
+        """Takes the signal that another process has received, 0 if none, as one's own."""
+        if number and not self.signal:
+            self.signal, self.when = number, time.monotonic()
+
     def agreed(self) -> int:
         """The signal that any process has received, 0 if none. All processes must ask."""
-        return max(gather_object([self.signal]))
+        self.join(max(gather_object([self.signal])))
+        return self.signal
 
 
 interruption = Interruption()
@@ -2262,7 +2273,9 @@ def uses_unsloth(model: PeftModel) -> bool:
     return hasattr(model, "for_inference")
 
 
-def is_activated(model: PeftModel) -> bool:
+def is_activated(model: torch.nn.Module) -> bool:
+    if not isinstance(model, PeftModel):
+        return False  # an adapter that was merged
     return bool(model.peft_config[model.active_adapter].alora_invocation_tokens)
 
 
@@ -2316,6 +2329,11 @@ def base_model_only(model: torch.nn.Module) -> AbstractContextManager:
     return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
+def without_wrapper(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model, whether PEFT wraps it or not; an adapter stays on."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def positions(mask: torch.Tensor) -> torch.Tensor:
     """Position ids that count each row's tokens and skip what is masked."""
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
@@ -2333,7 +2351,7 @@ def run_decoder(
     Returns:
         What the decoder does, with `last_hidden_state` and `past_key_values`.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_wrapper(model)
     places = {} if mask is None else {"position_ids": positions(mask)[:, -ids.shape[1] :]}
     return base.get_decoder()(
         input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **places
@@ -2368,7 +2386,7 @@ def invoke_marker(
 def exact_logits(model: PeftModel, cache: Any, mask: torch.Tensor, ids: ConfidenceIds):
     """invoke_marker()'s logits in float32, those of marker and tags computed in float32 too: in
     bfloat16 a logit of 20 has a spacing of 0.125, which would make steps of 3 % in P(C)."""
-    head = model.get_base_model().get_output_embeddings()
+    head = without_wrapper(model).get_output_embeddings()
     hidden = []
     if uses_unsloth(model):  # of a single record it would multiply by the head's weight itself
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -2381,7 +2399,10 @@ def exact_logits(model: PeftModel, cache: Any, mask: torch.Tensor, ids: Confiden
             logits = invoke_marker(model, cache, mask, ids.marker).float()
         finally:
             handle.remove()
-    rows = head.token_adapter.trainable_tokens_delta[model.active_adapter]
+    if hasattr(head, "token_adapter"):
+        rows = head.token_adapter.trainable_tokens_delta[model.active_adapter]
+    else:  # they were written into the model: see confidence_model.py
+        rows = head.weight[constant(tuple(ids.all), head.weight.device)]
     logits[:, ids.all] = hidden[0].float() @ rows.float().T
     return logits
 
@@ -2902,6 +2923,7 @@ class LabelTrainer(Trainer):
         if self.args.world_size > 1:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         self.stopping, failed = flags.tolist()
+        interruption.join(self.stopping)
         if failed:
             sources = sorted(set(gather_object(self._offenders())))
             raise RunError(
@@ -3526,6 +3548,23 @@ def check_classes(records: list[Record], path: str) -> None:
             say(f"warning: domain {domain} has answers of one kind only and will learn just that")
 
 
+def read_sets(items: list[str], skip_bad: bool = False) -> dict[str, list[Record]]:
+    """The records of NAME=FILE or NAME=HUB_ID:SPLIT by name; those of a file with several datasets
+    by NAME/DATASET."""
+    sets = {}
+    for item in items:
+        name, _, path = item.partition("=")
+        if Path(path).is_file():
+            found = read_records(path, skip_bad)
+        else:
+            found = read_hub_dataset(name, path)
+        datasets_in_it = sorted({record["dataset"] for record in found})
+        for dataset in datasets_in_it:
+            key = name if len(datasets_in_it) == 1 else f"{name}/{dataset}"
+            sets[key] = [record for record in found if record["dataset"] == dataset]
+    return sets
+
+
 def choose_validation(
     settings: Settings, records: list[Record], seed: int
 ) -> tuple[list[Record], dict[str, list[Record]], bool]:
@@ -3548,17 +3587,7 @@ def choose_validation(
         }
         say(f"held out of training for validation: {len(held)} of {len(records)} records")
     else:
-        training, sets = records, {}
-        for item in settings.val_data:
-            name, _, path = item.partition("=")
-            if Path(path).is_file():
-                found = read_records(path, settings.skip_bad_records)
-            else:
-                found = read_hub_dataset(name, path)
-            datasets_in_it = sorted({record["dataset"] for record in found})
-            for dataset in datasets_in_it:
-                key = name if len(datasets_in_it) == 1 else f"{name}/{dataset}"
-                sets[key] = [record for record in found if record["dataset"] == dataset]
+        training, sets = records, read_sets(settings.val_data, settings.skip_bad_records)
     generate = settings.validation_answers or ("generate" if settings.val_data else "recorded")
     needed = "answer" if generate == "generate" else "confident"
     field_name = {"answer": '"answer"', "confident": '"tagged_response"'}[needed]
@@ -3605,11 +3634,11 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path, remedy: str = REMEDY) -> dict[str, Any]:
     """The settings.yaml of a run's folder; empty if there is none.
 
     Raises:
-        InputError: if it is not one that a run wrote.
+        InputError: if it is not one that a run wrote, with the `remedy`.
     """
     path = folder / "settings.yaml"
     try:
@@ -3623,7 +3652,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         for name, keys in (("resolved", RESOLVED), ("versions", set()))
     )
     if not whole or not isinstance(saved.get("num_processes"), int):
-        raise InputError(f"{path} is not what a run of this version wrote: {REMEDY}")
+        raise InputError(f"{path} is not what a run of this version wrote: {remedy}")
     return saved
 
 

@@ -400,6 +400,15 @@ def start(arguments):
     )  # fmt: skip
 
 
+def test_a_process_ends_by_the_signal_that_another_was_told(monkeypatch):
+    told = confidence.Interruption()
+    monkeypatch.setattr(confidence, "gather_object", lambda own: [*own, signal.SIGTERM])
+    assert told.agreed() == told.signal == signal.SIGTERM
+    told.receive(signal.SIGTERM, None)  # the launcher hands it on: no second one
+    told.join(signal.SIGINT)
+    assert told.signal == signal.SIGTERM
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_in_progress_and_the_run_goes_on_exactly(number, line):
     arguments, out = line
