@@ -32,8 +32,9 @@ PNG_DPI = 200
 RELIABILITY_BINS = 10  # each wide enough for its count to be written over its bar
 HISTOGRAM_BINS = 20
 CURVE_POINTS = 200
-FIRST_ANSWERS = 10  # of a risk-coverage curve: the share wrong of fewer says nothing
+FIRST_ANSWERS = 10  # of a risk-coverage curve, which are not drawn
 MOST_MISTAKES = 10
+LONG_NAME = 22  # characters of a set's name that a panel's title has room for
 SHORT_TEXT = 180  # characters of a text before "…"
 PERCENT = "\N{NO-BREAK SPACE}%"
 
@@ -52,7 +53,7 @@ COLOURS = {  # CSS variable: light, dark; series after Okabe and Ito, for the co
 }
 INK, MUTED, RULE, PAPER = (COLOURS[name][0] for name in ("ink", "muted", "rule", "paper"))
 SERIES = [light for name, (light, _) in COLOURS.items() if name.startswith("series")]
-DASHES = ["-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1)), (0, (3, 1)), (0, (8, 2)), "-."]
+DASHES = ["-", (0, (3, 4)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1)), (0, (3, 1)), (0, (8, 2)), "-."]
 DASHED = (0, (4, 2))  # of the lines to compare with
 RIGHT, WRONG = SERIES[:2]
 
@@ -280,6 +281,16 @@ def thousands(value: float, _: Any = None) -> str:
     return f"{abs(value):,.0f}"
 
 
+def short_count(count: float) -> str:
+    """A count as wide as a bar: 1234, 12k."""
+    return f"{count:.0f}" if count < 10_000 else f"{count / 1000:.0f}k"
+
+
+def panel_title(name: str, answers: list[dict[str, Any]]) -> str:
+    name = name if len(name) <= LONG_NAME else name[: LONG_NAME - 1] + "…"
+    return f"{name}: {len(answers):,} answers"
+
+
 def draw_reliability(
     figure: FigureBase, title: str, confidence: np.ndarray, correct: np.ndarray
 ) -> None:
@@ -308,7 +319,7 @@ def draw_reliability(
     middle = left + 0.5 / RELIABILITY_BINS
     bars.bar(middle, count, width=0.8 / RELIABILITY_BINS, color=SERIES[0])
     for x, height in zip(middle, count):
-        bars.annotate(thousands(height), (x, height), (0, 1.5), ha="center",
+        bars.annotate(short_count(height), (x, height), (0, 1.5), ha="center",
                       textcoords="offset points", fontsize=8.5)  # fmt: skip
     bars.set(xlabel="confidence", ylabel="answers", yticks=[])
     bars.margins(y=0.3)
@@ -362,7 +373,7 @@ def draw_risk_coverage(
         threshold: what threshold.json holds; its point is marked.
     """
     axes = figure.subplots()
-    first = min(FIRST_ANSWERS, len(correct)) - 1
+    first = min(FIRST_ANSWERS, len(correct) // 10)
     at = np.unique(np.linspace(first, len(correct) - 1, CURVE_POINTS).astype(int))
     for order, (system, confidence) in enumerate(confidences.items()):
         if np.ptp(confidence) == 0:
@@ -467,7 +478,7 @@ def make_charts(report: Report) -> list[Chart]:
             "How many answers can be kept?",
             "Read from right to left: when the least confident answers are dropped first, the "
             "share wrong among those kept falls, and a lower curve drops the wrong ones sooner "
-            f"(drawn from the {FIRST_ANSWERS} surest answers on).",
+            "(the very first answers are not drawn: too few to say anything).",
             4.2,
             [risk_coverage_panel(report, name, answers) for name, answers in groups.items()],
         ),
@@ -481,7 +492,7 @@ def reliability_panel(report: Report, name: str, answers: list[dict[str, Any]]) 
     main = report.report["main"]
     error = report.report["sets"][name]["systems"][main].get("calibration_error") or {}
     title = (
-        f"{name}: {len(answers):,} answers\ncalibration error {decimal(error.get('value'))}, "
+        f"{panel_title(name, answers)}\ncalibration error {decimal(error.get('value'))}, "
         f"a perfect model's ≤ {decimal(error.get('if_perfect'))}"
     )
     draw = partial(
@@ -498,7 +509,7 @@ def confidence_panel(report: Report, name: str, answers: list[dict[str, Any]]) -
     mine = report.threshold and report.threshold["system"] == main
     draw = partial(
         draw_confidence,
-        title=f"{name}: {len(answers):,} answers",
+        title=panel_title(name, answers),
         confidence=confidence_of(answers, main),
         correct=correct,
         threshold=report.threshold["threshold"] if mine else None,
@@ -514,7 +525,7 @@ def risk_coverage_panel(report: Report, name: str, answers: list[dict[str, Any]]
     found = {system: confidence_of(answers, system) for system in report.systems()}
     draw = partial(
         draw_risk_coverage,
-        title=f"{name}: {len(answers):,} answers",
+        title=panel_title(name, answers),
         confidences={system: values for system, values in found.items() if values is not None},
         correct=correct_of(answers),
         threshold=report.threshold,
@@ -593,10 +604,10 @@ def svg(chart: Chart, index: int) -> Markup:
 # The page
 
 
-def whole_set(report: Report) -> dict[str, Any]:
-    """The figures that stand for the whole report: of all sets, or of the only one."""
+def whole_set(report: Report) -> str:
+    """The set whose figures stand for the report: `all`, or the only one."""
     sets = report.report["sets"]
-    return sets.get("all") or next(iter(sets.values()))
+    return "all" if "all" in sets else next(iter(sets))
 
 
 def render(report: Report, charts: list[Chart]) -> str:
@@ -620,7 +631,7 @@ def render(report: Report, charts: list[Chart]) -> str:
     return environment.get_template("page.html").render(
         **report._asdict(),
         systems=report.systems(),
-        whole=whole_set(report),
+        whole_set=whole_set(report),
         charts=charts,
         svg=svg,
         mistakes=most_confident_mistakes(report.answers, report.report["main"]),

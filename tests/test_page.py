@@ -71,8 +71,9 @@ def make_answers(name, domain, count, sharpness, rng):
     return answers
 
 
-def around(value, width=0.02, **more):
-    return {"value": value, "low": value - width, "high": min(1, value + width), **more}
+def around(value, width=0.02, lowest=0.0, **more):
+    low, high = max(lowest, value - width), min(1.0, value + width)
+    return {"value": value, "low": low, "high": high, **more}
 
 
 def make_figures(answers):
@@ -86,7 +87,7 @@ def make_figures(answers):
         systems[system] = {
             "auroc": around(roc_auc_score(correct, confidence)),
             "brier": around(brier_score_loss(correct, confidence), 0.01),
-            "nll": around(log_loss(correct, confidence), 0.01),
+            "nll": around(min(1, log_loss(correct, confidence)), 0.01),
             "calibration_error": around(
                 calibration_error(confidence, correct),
                 0.01,
@@ -181,7 +182,8 @@ def make_report(folder):
                 system: {
                     "auroc": around(
                         sets[name]["systems"]["calibrated"]["auroc"]["value"]
-                        - sets["all"]["systems"][system]["auroc"]["value"]
+                        - sets["all"]["systems"][system]["auroc"]["value"],
+                        lowest=-1.0,
                     )
                 }
                 for system in SYSTEMS
@@ -397,6 +399,7 @@ def test_a_report_without_extras(tmp_path):
         del row["answer"], row["context"], row["confidence"]["p_true"]
     (tmp_path / "scores.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     text = Elements(write_page(tmp_path).read_text(encoding="utf-8")).text
+    assert "held-out answers (reading) of demo/model" in text
     assert "No threshold has been chosen." in text
     assert "Nothing is known about it." in text
     assert not (tmp_path / "routing.png").exists()
@@ -480,6 +483,10 @@ def test_the_page_fits(browser, folder, width):
         .filter(e => !e.closest('.scroll, svg') && e.getBoundingClientRect().right > innerWidth + 1)
         .map(e => e.outerHTML.slice(0, 80))"""
     ) == []  # fmt: skip
+    assert page.evaluate(
+        """Array.from(document.querySelectorAll('.grid .scroll'))
+        .every(table => table.scrollWidth <= table.clientWidth)"""
+    )
     boxes = [figure.bounding_box() for figure in page.locator("svg").all()]
     assert len(boxes) == 9
     assert min(box["width"] for box in boxes) > 300
