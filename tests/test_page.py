@@ -253,10 +253,21 @@ class Elements(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = make_report(tmp_path_factory.mktemp("report"))
+def source(tmp_path_factory):
+    return make_report(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def folder(source, tmp_path_factory):
+    folder = shutil.copytree(source, tmp_path_factory.mktemp("report") / "demo")
     assert write_page(folder) == folder / "report.html"
     return folder
+
+
+@pytest.fixture
+def draft(source, tmp_path):
+    """A report of one's own to change, whose page is not yet written."""
+    return shutil.copytree(source, tmp_path / "draft")
 
 
 @pytest.fixture(scope="module")
@@ -298,15 +309,14 @@ def test_what_comes_from_data_is_escaped(html):
     assert ATTACK in Elements(html).text
 
 
-def test_names_of_sets_and_systems_are_escaped_too(tmp_path):
-    make_report(tmp_path)
-    report = json.loads((tmp_path / "report.json").read_text())
-    text = (tmp_path / "scores.jsonl").read_text(encoding="utf-8")
+def test_names_of_sets_and_systems_are_escaped_too(draft):
+    report = json.loads((draft / "report.json").read_text())
+    text = (draft / "scores.jsonl").read_text(encoding="utf-8")
     name = "'><b>$x_1$"
     report["sets"][name] = report["sets"].pop("reading")
-    change(tmp_path, "report.json", sets=report["sets"], title="<i>", training={"<u>": "<s>"})
-    (tmp_path / "scores.jsonl").write_text(text.replace('"reading"', f'"{name}"'), "utf-8")
-    page = Elements(write_page(tmp_path).read_text(encoding="utf-8"))
+    change(draft, "report.json", sets=report["sets"], title="<i>", training={"<u>": "<s>"})
+    (draft / "scores.jsonl").write_text(text.replace('"reading"', f'"{name}"'), "utf-8")
+    page = Elements(write_page(draft).read_text(encoding="utf-8"))
     assert not {tag for tag, _ in page.found} & {"b", "i", "u", "s"}
     assert page.text.count(name) > 4  # in figures too
 
@@ -376,13 +386,12 @@ def test_null_metrics_are_dashes(html):
     assert "None" not in Elements(html).text.replace("<p>None.</p>", "")
 
 
-def test_a_report_without_extras(tmp_path):
-    make_report(tmp_path)
+def test_a_report_without_extras(draft):
     for name in ("threshold.json", "route.json"):
-        (tmp_path / name).unlink()
-    report = json.loads((tmp_path / "report.json").read_text())
+        (draft / name).unlink()
+    report = json.loads((draft / "report.json").read_text())
     change(
-        tmp_path,
+        draft,
         "report.json",
         adapter=None,
         kind=None,
@@ -393,31 +402,29 @@ def test_a_report_without_extras(tmp_path):
         answers="recorded",
         sets={"reading": report["sets"]["reading"]},
     )
-    lines = (tmp_path / "scores.jsonl").read_text(encoding="utf-8").split("\n")[:600]
+    lines = (draft / "scores.jsonl").read_text(encoding="utf-8").split("\n")[:600]
     rows = [json.loads(line) for line in lines]
     for row in rows:
         del row["answer"], row["context"], row["confidence"]["p_true"]
-    (tmp_path / "scores.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    text = Elements(write_page(tmp_path).read_text(encoding="utf-8")).text
+    (draft / "scores.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    text = Elements(write_page(draft).read_text(encoding="utf-8")).text
     assert "held-out answers (reading) of demo/model" in text
     assert "No threshold has been chosen." in text
     assert "Nothing is known about it." in text
-    assert not (tmp_path / "routing.png").exists()
+    assert not (draft / "routing.png").exists()
 
 
-def test_a_threshold_that_cannot_be_reached(tmp_path):
-    make_report(tmp_path)
+def test_a_threshold_that_cannot_be_reached(draft):
     nothing = dict.fromkeys(["threshold", "precision", "coverage", "num_accepted"])
-    change(tmp_path, "threshold.json", reached=False, **nothing)
-    change(tmp_path, "route.json", at_threshold=None)
-    assert "cannot be reached" in write_page(tmp_path).read_text(encoding="utf-8")
+    change(draft, "threshold.json", reached=False, **nothing)
+    change(draft, "route.json", at_threshold=None)
+    assert "cannot be reached" in write_page(draft).read_text(encoding="utf-8")
 
 
-def test_all_answers_right(tmp_path):
-    make_report(tmp_path)
-    text = (tmp_path / "scores.jsonl").read_text(encoding="utf-8")
-    (tmp_path / "scores.jsonl").write_text(text.replace('"correct": false', '"correct": true'))
-    assert "Not one answer is wrong." in write_page(tmp_path).read_text(encoding="utf-8")
+def test_all_answers_right(draft):
+    text = (draft / "scores.jsonl").read_text(encoding="utf-8")
+    (draft / "scores.jsonl").write_text(text.replace('"correct": false', '"correct": true'))
+    assert "Not one answer is wrong." in write_page(draft).read_text(encoding="utf-8")
 
 
 def test_risk_coverage_by_hand():
