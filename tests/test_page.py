@@ -62,7 +62,7 @@ def make_answers(name, domain, count, sharpness, rng):
         if domain == "READ":
             answer["question"] = f"is the box №{i} without figs, as the passage says it may be"
             answer["context"] = PASSAGE * 6
-            answer["answer"] = not correct[i]
+            answer["answer"] = bool(correct[i])
         else:
             answer["question"] = f"Case {i}. {PASSAGE * 3}Which\u2028organ is it?"
             answer["options"] = {"A": "the spleen", "B": "a lymph node", "C": "the thymus"}
