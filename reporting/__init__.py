@@ -1,0 +1,1 @@
+"""What report_confidence.py computes, each part on its own."""
