@@ -21,14 +21,14 @@ from train_confidence_lora import (
     expected_calibration_error,
 )
 
-CHUNK = 4_000_000  # numbers of a simulation held at a time: 32 MB
+CHUNK = 200_000  # numbers of a simulation at a time: they fit a processor's cache
 CLIP = 1e-7  # confidences come this close to 0 and 1 before their logit is taken
 MIN_SCALING_SAMPLES = 10
 TEST_POINTS = 16  # true calibration errors at which a test is inverted; in between it is linear
 THRESHOLD_CANDIDATES = 100
 # Where the tests for a threshold start, as a share of the way from the fewest answers that can show
 # the target to all of them, and the part of the error each start may spend.
-START_ERROR = {0.15: 0.7, 0.4: 0.3}
+START_ERROR = {0.15: 0.8, 0.4: 0.2}
 
 
 class Interval(NamedTuple):
@@ -186,7 +186,7 @@ def clopper_pearson(
 
 
 def share_interval(successes: int, count: int, level: float) -> Interval:
-    return Interval(successes / count, *clopper_pearson(int(successes), count, level))
+    return Interval(float(successes / count), *clopper_pearson(int(successes), count, level))
 
 
 def resampling_weights(n: int, draws: int, seed: int) -> Iterator[np.ndarray]:
@@ -309,7 +309,7 @@ def bin_averages(
         confidence: (n,) ascending.
 
     Returns:
-        averages: (bins, n); averages @ outcomes (n,) are the bins' shares correct. Only filled bins.
+        averages: (bins, n) of the filled bins; averages @ outcomes (n,) are their shares correct.
         share: (bins,) of the answers.
     """
     n = len(confidence)
@@ -347,7 +347,7 @@ def miscalibrations(
     spread = smoothed_fit(confidence, correct, "platt").apply(confidence) - confidence
     size = np.abs(gaps) / errors
     local = np.where(size >= min(2, size.max()), gaps, 0.0)
-    return [spread, local]
+    return [spread, local if local.any() else errors]
 
 
 def scaled_miscalibrations(
@@ -397,6 +397,22 @@ def simulated_quantiles(
         outcomes = (uniform < truth.astype(np.float32)[:, None] for truth in maps)
         measured.append([gap_norm(mean - averages @ right, share, p) for right in outcomes])
     return np.quantile(np.concatenate(measured, axis=1), levels, axis=1)
+
+
+def inverted(quantiles: np.ndarray, true: np.ndarray, value: float) -> tuple[float, float]:
+    """The ends of the true errors (points,), ascending from 0, whose simulated quantiles (2, points)
+    have the measured value between them."""
+    slack = 1e-12  # of rounding, where many simulated errors equal the measured one
+    lower, upper = np.maximum.accumulate(quantiles, axis=1)
+    first = np.searchsorted(upper, value - slack)  # the first point that is inside
+    last = np.searchsorted(lower, value + slack, side="right") - 1
+
+    def crossing(curve: np.ndarray, point: int) -> float:
+        """Where the curve meets the value between this point and the next."""
+        return float(np.interp(value, curve[point : point + 2], true[point : point + 2]))
+
+    low = 0.0 if first == 0 else crossing(upper, first - 1)
+    return low, 0.0 if last < 0 else crossing(lower, last)
 
 
 def calibration_interval(
@@ -455,9 +471,7 @@ def calibration_interval(
         maps, true = scaled_miscalibrations(confidence, shape, averages, share, p, largest)
         levels = [(1 - level) / 2, (1 + level) / 2]
         quantiles = simulated_quantiles(maps, confidence, averages, share, p, levels, draws, seed)
-        # np.interp() gives 0, the first true error, for a measured one below the first quantile
-        lower, upper = np.maximum.accumulate(quantiles, axis=1)
-        ends.append((np.interp(value, upper, true), np.interp(value, lower, true)))
+        ends.append(inverted(quantiles, true, value))
     low, high = np.array(ends).T
     return Interval(value, float(low.min()), float(high.max()))
 
