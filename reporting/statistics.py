@@ -222,7 +222,9 @@ def bootstrap_intervals(
     of a share near 0 or 1 is too short, and at 0 or 1 a single point; Wilson's keeps the level only
     on average over shares, Clopper–Pearson's at each. accuracy_at_50, _80 and _90, the accuracy of
     the most confident 50, 80 and 90 %, take the wider of bootstrap (which knows that another sample
-    would put other answers above the line) and Clopper–Pearson (which holds near 1).
+    would put other answers above the line) and Clopper–Pearson (which holds near 1). An AUROC of 0
+    or 1 has the Clopper–Pearson interval of as many trials as the smaller class has answers: so
+    many pairs of a right and a wrong answer are independent of each other.
 
     Args:
         confidence: (n,) probabilities in 0…1.
@@ -255,6 +257,9 @@ def bootstrap_intervals(
         exact = clopper_pearson(round(values[name][0] * accepted), accepted, level)
         value, low, high = intervals[name]
         intervals[name] = Interval(value, min(low, exact[0]), max(high, exact[1]))
+    pairs = int(min(ties.correct.sum(), n - ties.correct.sum()))
+    if intervals["auroc"].value in (0, 1):
+        intervals["auroc"] = share_interval(int(intervals["auroc"].value) * pairs, pairs, level)
     for name, right in shares.items():
         intervals[name] = share_interval(right.sum(), n, level)
     return intervals
@@ -400,19 +405,22 @@ def simulated_quantiles(
 
 
 def inverted(quantiles: np.ndarray, true: np.ndarray, value: float) -> tuple[float, float]:
-    """The ends of the true errors (points,), ascending from 0, whose simulated quantiles (2, points)
-    have the measured value between them."""
+    """The ends of the true errors (points,), ascending from 0, whose quantiles (2, points) when
+    simulated have the measured value between them."""
     slack = 1e-12  # of rounding, where many simulated errors equal the measured one
     lower, upper = np.maximum.accumulate(quantiles, axis=1)
     first = np.searchsorted(upper, value - slack)  # the first point that is inside
     last = np.searchsorted(lower, value + slack, side="right") - 1
 
-    def crossing(curve: np.ndarray, point: int) -> float:
-        """Where the curve meets the value between this point and the next."""
-        return float(np.interp(value, curve[point : point + 2], true[point : point + 2]))
+    def end(curve: np.ndarray, inside: int, outside: int) -> float:
+        """Where the curve meets the value between two neighbours; a plateau may reach to either."""
+        inside, outside = np.clip((inside, outside), 0, len(true) - 1)
+        if abs(curve[inside] - value) <= slack:
+            return float(true[outside])
+        pair = sorted((inside, outside))
+        return float(np.interp(value, curve[pair], true[pair]))
 
-    low = 0.0 if first == 0 else crossing(upper, first - 1)
-    return low, 0.0 if last < 0 else crossing(lower, last)
+    return end(upper, first, first - 1), end(lower, last, last + 1)
 
 
 def calibration_interval(
