@@ -324,9 +324,7 @@ def bin_averages(
         bins = np.minimum(np.arange(n) // beta, max(1, n // beta) - 1)
     _, bins, counts = np.unique(bins, return_inverse=True, return_counts=True)
     _, group, sizes = np.unique(confidence, return_inverse=True, return_counts=True)
-    held = sparse.csr_matrix(
-        (1 / counts[bins], (bins, group))
-    )  # (bins, groups) of equal confidence
+    held = sparse.csr_matrix((1 / counts[bins], (bins, group)))
     mean = sparse.csr_matrix((1 / sizes[group], (group, np.arange(n))))
     return held @ mean, counts / n
 
@@ -340,19 +338,20 @@ def gap_norm(gaps: np.ndarray, share: np.ndarray, p: str) -> np.ndarray:
 
 
 def miscalibrations(
-    confidence: np.ndarray, correct: np.ndarray, gaps: np.ndarray, errors: np.ndarray
+    confidence: np.ndarray, correct: np.ndarray, gaps: np.ndarray, errors: np.ndarray, bins: Any
 ) -> list[np.ndarray]:
     """Two shapes (n,) that the true miscalibration may have: spread over all confidences as Platt's
     map has it, or only in the bins whose gap is beyond two standard errors (or the one nearest).
 
     Args:
-        gaps: (n,) share correct - mean confidence of the bin that the answer is in.
-        errors: (n,) its standard error.
+        gaps: (bins,) share correct - mean confidence.
+        errors: (bins,) their standard errors.
+        bins: (n, bins) each answer's part in each bin.
     """
     spread = smoothed_fit(confidence, correct, "platt").apply(confidence) - confidence
     size = np.abs(gaps) / errors
     local = np.where(size >= min(2, size.max()), gaps, 0.0)
-    return [spread, local if local.any() else errors]
+    return [spread, bins @ (local if local.any() else errors)]
 
 
 def scaled_miscalibrations(
@@ -473,9 +472,9 @@ def calibration_interval(
     count = share * len(confidence)
     error = np.sqrt(np.maximum(mean * (1 - mean), right * (1 - right)) / count + count**-2.0)
     largest = value + float(gap_norm(4 * error[:, None], share, p)[0])
-    member = np.asarray(averages.argmax(axis=0)).ravel()  # the bin that most of a tie group is in
+    bins = averages.T.multiply(count).tocsr()
     ends = []
-    for shape in miscalibrations(confidence, correct, (right - mean)[member], error[member]):
+    for shape in miscalibrations(confidence, correct, right - mean, error, bins):
         maps, true = scaled_miscalibrations(confidence, shape, averages, share, p, largest)
         levels = [(1 - level) / 2, (1 + level) / 2]
         quantiles = simulated_quantiles(maps, confidence, averages, share, p, levels, draws, seed)
@@ -569,10 +568,10 @@ def choose_threshold(
         first = np.searchsorted(accepted, fewest + start * (n - fewest))
         budget[min(np.searchsorted(groups, first), len(groups) - 1)] += part * (1 - level)
     error, chosen = 0.0, None
-    for group, extra in zip(groups, budget):
+    chances = stats.binom.sf(right[groups] - 1, accepted[groups], target)  # of as many right
+    for group, extra, chance in zip(groups, budget, chances):
         error += extra
-        passed = stats.binom.sf(right[group] - 1, accepted[group], target) <= error
-        if passed and error:
+        if error and chance <= error:
             chosen = group, error
         else:
             error = 0.0
