@@ -186,7 +186,7 @@ def test_bootstrap_intervals_hold_the_truth():
     held = dict.fromkeys(truth, 0)
     for seed in range(sets):
         confidence, correct, _ = binormal(rng, n, 0.85)
-        intervals = bootstrap_intervals(confidence, correct, draws=400, seed=seed)
+        intervals = bootstrap_intervals(confidence, correct, draws=250, seed=seed)
         for name, value in truth.items():
             held[name] += intervals[name].low <= value <= intervals[name].high
     assert all(0.91 * sets <= count <= 0.995 * sets for count in held.values()), held
