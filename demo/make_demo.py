@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Makes the demo: a tiny chat model trained from scratch, and questions it is partly wrong about.
 
-    python demo/make_demo.py            # writes demo/model/ and demo/questions.jsonl
+    python demo/make_demo.py            # writes demo/model/, demo/questions.jsonl and
+                                        # demo/test_questions.jsonl
+    python demo/make_demo.py --bigger   # writes demo/bigger/, a model that was taught everything
 
 The model (about a million parameters, byte-level tokenizer) lives in two small worlds and fails in
 them the way language models fail, so that its mistakes can be foreseen from the question:
@@ -106,11 +108,14 @@ def answer_text(record: Record) -> str:
     return f"The answer is {record['answer']}."
 
 
-def corpus_record(draw: random.Random) -> Record:
-    """What the model is trained on: no "without", no counting beyond four, no rare illness."""
+def corpus_record(draw: random.Random, everything: bool = False) -> Record:
+    """What the model is trained on: no "without", no counting beyond four, no rare illness, unless
+    it is to be taught `everything` that is asked."""
     if draw.random() < 0.5:
+        if everything:
+            return reading_question(draw, negated=0.2)
         return reading_question(draw, negated=0.0, most_counted=4)
-    return medicine_question(draw, rare=0.0)
+    return medicine_question(draw, rare=0.3 if everything else 0.0)
 
 
 def questions(count: int, seed: int) -> list[Record]:
@@ -151,11 +156,13 @@ def train_tokenizer(draw: random.Random) -> PreTrainedTokenizerFast:
     )
 
 
-def make_batch(tokenizer, draw: random.Random, size: int) -> dict[str, torch.Tensor]:
+def make_batch(
+    tokenizer, draw: random.Random, size: int, everything: bool
+) -> dict[str, torch.Tensor]:
     """Chats padded on the right, labels on the answers alone."""
     rows = []
     for _ in range(size):
-        record = corpus_record(draw)
+        record = corpus_record(draw, everything)
         prompt = tokenizer.encode(build_prompt(tokenizer, record), add_special_tokens=False)
         answer = tokenizer.encode(answer_text(record), add_special_tokens=False)
         rows.append((prompt, [*answer, tokenizer.eos_token_id]))
@@ -173,7 +180,9 @@ def make_batch(tokenizer, draw: random.Random, size: int) -> dict[str, torch.Ten
     }
 
 
-def train_model(tokenizer, steps: int, batch_size: int, learning_rate: float) -> Qwen2ForCausalLM:
+def train_model(
+    tokenizer, steps: int, batch_size: int, learning_rate: float, everything: bool
+) -> Qwen2ForCausalLM:
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
@@ -196,7 +205,7 @@ def train_model(tokenizer, steps: int, batch_size: int, learning_rate: float) ->
     draw = random.Random(1)
     model.train()
     for step in range(1, steps + 1):
-        loss = model(**make_batch(tokenizer, draw, batch_size)).loss
+        loss = model(**make_batch(tokenizer, draw, batch_size, everything)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -213,18 +222,31 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--questions", type=int, default=3000, help="questions of each world")
+    parser.add_argument("--test_questions", type=int, default=1000, help="likewise, to report on")
+    parser.add_argument("--bigger", action="store_true", help="the model that knows everything")
     parser.add_argument("--output_dir", type=Path, default=HERE)
     arguments = parser.parse_args()
 
     set_seed(1)
     tokenizer = train_tokenizer(random.Random(0))
-    model = train_model(tokenizer, arguments.steps, arguments.batch_size, arguments.learning_rate)
-    model.to(torch.bfloat16).save_pretrained(arguments.output_dir / "model")
-    tokenizer.save_pretrained(arguments.output_dir / "model")
-    records = questions(arguments.questions, seed=2)
-    with open(arguments.output_dir / "questions.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    print(f"wrote {len(records)} questions: {dict(Counter(r['dataset'] for r in records))}")
+    steps, batch_size, rate = arguments.steps, arguments.batch_size, arguments.learning_rate
+    model = train_model(tokenizer, steps, batch_size, rate, arguments.bigger)
+    folder = arguments.output_dir / ("bigger" if arguments.bigger else "model")
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if arguments.bigger:
+        return
+    known = set()
+    for name, count, seed in (
+        ("questions.jsonl", arguments.questions, 2),
+        ("test_questions.jsonl", arguments.test_questions, 3),
+    ):
+        lines = [json.dumps(record) + "\n" for record in questions(count, seed)]
+        new = [line for line in lines if line not in known]
+        known.update(new)
+        (arguments.output_dir / name).write_text("".join(new), encoding="utf-8")
+        worlds = Counter(json.loads(line)["dataset"] for line in new)
+        print(f"wrote {len(new)} questions to {name}: {dict(worlds)}")
 
 
 if __name__ == "__main__":

@@ -204,6 +204,7 @@ def make_report(folder):
             "maps": {"READ": {"a": 1.1, "b": -0.2}, "MED": {"a": 0.8, "b": 0.1}},
             "nll_before": {"value": 0.31},
             "nll_after": around(0.28),
+            "nll_change": around(-0.03),
         },
     }
     accepted = [a for a in answers if a["confidence"]["calibrated"] >= 0.83]

@@ -310,11 +310,11 @@ def test_validation_that_runs_out_of_memory_goes_on_in_smaller_parts(
     _, whole = callback._validate_dataset(model.eval(), "demo")
     sizes, score = [], confidence.score_batch
 
-    def small(model, tokenizer, records, max_new_tokens):
+    def small(model, tokenizer, records, *rest):
         sizes.append(len(records))
         if len(records) > 8:
             raise torch.OutOfMemoryError
-        return score(model, tokenizer, records, max_new_tokens)
+        return score(model, tokenizer, records, *rest)
 
     monkeypatch.setattr(confidence, "score_batch", small)
     _, parts = callback._validate_dataset(model, "demo")
