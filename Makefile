@@ -8,7 +8,7 @@ DEEPSPEED := $(if $(DEEPSPEED_CONFIG),--deepspeed_config $(DEEPSPEED_CONFIG),--s
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo demo-data test test-eval test-chaos benchmark benchmark-gpu lint clean \
+.PHONY: help setup setup-gpu demo report demo-data test test-eval test-chaos benchmark benchmark-gpu lint clean \
 	setup-accelerate gpu-info memory-check plan train train-distributed train-distributed-tb \
 	train-deepspeed train-deepspeed-tb
 
@@ -36,11 +36,26 @@ demo: setup  ## teach the built-in tiny model when it is wrong, with both adapte
 	HF_HUB_OFFLINE=1 bash train_fast_4gpu.sh demo --output_dir checkpoints/demo_lora --overwrite_output_dir
 	HF_HUB_OFFLINE=1 bash train_fast_4gpu.sh demo --adapter activated --output_dir checkpoints/demo_activated --overwrite_output_dir
 
-demo-data: setup  ## make the demo's model, questions and tagged answers again (CPU, 10 minutes)
+# The demo's test questions, its adapter and a bigger model's answers
+REPORT := checkpoints/demo_lora
+report: setup  ## what the demo's adapter is worth: evaluate, threshold, route, export (CPU, a minute)
+	@test -d $(REPORT)/final || $(MAKE) demo
+	$(RUN) report_confidence.py evaluate --adapter $(REPORT)/final --max_new_tokens 16 \
+		--data demo=demo/test_questions.jsonl --max_seq_length 256
+	$(RUN) report_confidence.py threshold $(REPORT)/report --target_precision 0.95
+	$(RUN) report_confidence.py route $(REPORT)/report --bigger_cost 10 \
+		--bigger tagged/demo/bigger_all_tagged.jsonl
+	$(RUN) report_confidence.py export $(REPORT)/final --merged checkpoints/demo_merged \
+		--max_new_tokens 16
+
+demo-data: setup  ## make the demo's models, questions and tagged answers again (CPU, 20 minutes)
 	$(RUN) demo/make_demo.py
+	$(RUN) demo/make_demo.py --bigger
 	rm -rf tagged/demo
 	$(RUN) tag_answers.py --model_name demo/model --questions demo/questions.jsonl \
 		--output tagged/demo/demo_all_tagged.jsonl --val_fraction 0.2 --max_new_tokens 16
+	$(RUN) tag_answers.py --model_name demo/bigger --questions demo/test_questions.jsonl \
+		--output tagged/demo/bigger_all_tagged.jsonl --val_fraction 0 --max_new_tokens 16
 
 test: $(VENV)/.deepspeed  ## all tests but the chaos ones (CPU, 11 minutes)
 	$(RUN) -m pytest -q -n 2

@@ -696,13 +696,10 @@ def write_report(folder: Path, report: dict[str, Any], test: Scores) -> None:
     write_page(folder)
 
 
-COLUMNS = {  # heading: metric
+COLUMNS = {  # of the printed table, heading: metric; report.json has all
     "AUROC": "auroc",
     "cal err": "calibration_error",
-    "ECE": "ece",
     "Brier": "brier",
-    "NLL": "nll",
-    "AURC": "aurc",
     "right at 80 %": "accuracy_at_80",
 }
 
