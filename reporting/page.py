@@ -24,6 +24,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from scipy.stats import binomtest
 
+from reporting.statistics import risk_coverage
 from train_confidence_lora import reliability_bins, staging, sync, write_text
 
 PANEL_WIDTH = 4.4  # inches; a phone of 390 px shows it at about its own size
@@ -237,24 +238,6 @@ def share_intervals(share: np.ndarray, count: np.ndarray) -> np.ndarray:
     )
 
 
-def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of answers kept and share wrong among them, the most confident kept first.
-
-    Equal confidences share their mean outcome, so that their order does not matter.
-
-    Args:
-        confidence: (n,) in 0…1.
-        correct: (n,) of 0 and 1.
-
-    Returns:
-        Coverage and risk, each (n,), from one answer kept to all.
-    """
-    _, group, size = np.unique(-confidence, return_inverse=True, return_counts=True)
-    wrong = np.repeat(np.bincount(group, 1 - correct) / size, size)
-    kept = np.arange(1, len(confidence) + 1)
-    return kept / len(confidence), np.cumsum(wrong) / kept
-
-
 def most_confident_mistakes(answers: list[dict[str, Any]], system: str) -> list[dict[str, Any]]:
     """The wrong answers a system was surest of, surest first, as the page shows them."""
     wrong = [answer for answer in answers if not answer["correct"]]
@@ -374,16 +357,18 @@ def draw_risk_coverage(
     """
     axes = figure.subplots()
     first = min(FIRST_ANSWERS, len(correct) // 10)
-    at = np.unique(np.linspace(first, len(correct) - 1, CURVE_POINTS).astype(int))
+    at = np.linspace(first + 1, len(correct), CURVE_POINTS).astype(int) / len(correct)
     for order, (system, confidence) in enumerate(confidences.items()):
         if np.ptp(confidence) == 0:
             continue  # it ranks nothing: the line of the random order
         coverage, risk = risk_coverage(confidence, correct)
-        axes.plot(coverage[at], risk[at], label=label_of(system), **line(order))
+        shown = np.unique(np.searchsorted(coverage, at))
+        axes.plot(coverage[shown], risk[shown], label=label_of(system), **line(order))
         if threshold and threshold["reached"] and threshold["system"] == system:
             kept = int((confidence >= threshold["threshold"]).sum())
             if kept:
-                mark_point(axes, coverage[kept - 1], risk[kept - 1], order,
+                i = np.searchsorted(coverage, kept / len(correct))
+                mark_point(axes, coverage[i], risk[i], order,
                            f"threshold {threshold['threshold']:.2f}")  # fmt: skip
     wrong = 1 - correct.mean()
     axes.axhline(wrong, color=MUTED, linestyle=DASHED, linewidth=1, label="random order")

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
-from reporting.page import interval, most_confident_mistakes, risk_coverage, write_page
+from reporting.page import interval, most_confident_mistakes, write_page
+from reporting.statistics import accuracy_at_coverage, aurc
 from train_confidence_lora import calibration_error, calibration_error_if_perfect
 
 SYSTEMS = {
@@ -82,8 +83,10 @@ def make_figures(answers):
     systems = {}
     for system in SYSTEMS:
         confidence = np.array([answer["confidence"][system] for answer in answers])
-        _, risk = risk_coverage(confidence, correct.astype(float))
-        kept = {f"accuracy_at_{at}": around(1 - risk[len(risk) * at // 100]) for at in (50, 80, 90)}
+        kept = {
+            f"accuracy_at_{at}": around(accuracy_at_coverage(confidence, correct, at / 100))
+            for at in (50, 80, 90)
+        }
         systems[system] = {
             "auroc": around(roc_auc_score(correct, confidence)),
             "brier": around(brier_score_loss(correct, confidence), 0.01),
@@ -94,7 +97,7 @@ def make_figures(answers):
                 if_perfect=calibration_error_if_perfect(confidence, draws=50),
             ),
             "ece": around(float(np.abs(confidence - correct).mean() / 10), 0.01),
-            "aurc": around(float(risk.mean())),
+            "aurc": around(aurc(confidence, correct)),
             "mean_confidence": around(float(confidence.mean()), 0.01),
             "accuracy": around(float(((confidence > 0.5) == correct).mean())),
             **kept,
@@ -426,19 +429,6 @@ def test_all_answers_right(draft):
     text = (draft / "scores.jsonl").read_text(encoding="utf-8")
     (draft / "scores.jsonl").write_text(text.replace('"correct": false', '"correct": true'))
     assert "Not one answer is wrong." in write_page(draft).read_text(encoding="utf-8")
-
-
-def test_risk_coverage_by_hand():
-    confidence, correct = np.array([0.2, 0.9, 0.5, 0.5]), np.array([0.0, 1.0, 1.0, 0.0])
-    coverage, risk = risk_coverage(confidence, correct)
-    assert coverage == pytest.approx([0.25, 0.5, 0.75, 1])
-    assert risk == pytest.approx([0, 0.25, 1 / 3, 0.5])  # the two of 0.5 are half wrong each
-
-
-def test_risk_of_a_constant_confidence_is_the_base_rate():
-    correct = np.random.default_rng(0).random(50) < 0.6
-    _, risk = risk_coverage(np.full(50, 0.7), correct.astype(float))
-    assert risk == pytest.approx(np.full(50, 1 - correct.mean()))
 
 
 def test_a_missing_report_is_named(tmp_path):
