@@ -13,7 +13,10 @@ evaluate) lies beside the adapter and is applied.
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +40,7 @@ from train_confidence_lora import (
     check_question,
     confidence_ids,
     fit_record,
+    gpu_has_bf16,
     is_activated,
     judge_answer,
     load_base_model,
@@ -113,24 +117,43 @@ def load_adapter(
     Raises:
         InputError: if it is no confidence adapter, or its base cannot be loaded.
     """
-    merged = at(adapter, "adapter_config.json") is None
-    if merged and at(adapter, "config.json") is None:
-        raise InputError(
-            f"no adapter in {adapter}: give the folder that a run left, as checkpoints/…/final"
-        )
+    merged = base_of(adapter) is None
     tokenizer = load_tokenizer(adapter, loading.get("trust_remote_code", False))
     ids = confidence_ids(tokenizer)
     if None in ids.all or tokenizer.unk_token_id in ids.all:
         raise InputError(f"{adapter} is no confidence adapter: its tokenizer has no tags")
-    if dtype is None:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = dtype or default_dtype()
     if merged:
         return load_base_model(adapter, dtype, **loading).eval(), tokenizer
-    base_name = model_name or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    base = load_base_model(base_name, dtype, **loading)
+    base = load_base_model(model_name or base_of(adapter), dtype, **loading)
     grow(base, tokenizer)
     return PeftModel.from_pretrained(base, adapter).eval(), tokenizer
+
+
+def base_of(adapter: str) -> str | None:
+    """The name or folder of an adapter's base model; None for a model that it was merged into.
+
+    Raises:
+        InputError: if there is neither.
+    """
+    if at(adapter, "adapter_config.json") is not None:
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        beside = Path(adapter).parent / "base"  # of an export that was moved
+        return str(beside) if not Path(base).exists() and beside.is_dir() else base
+    if at(adapter, "config.json") is None:
+        raise InputError(
+            f"no adapter in {adapter}: give the folder that a run left, as checkpoints/…/final"
+        )
+    return None
+
+
+def default_dtype() -> torch.dtype:
+    return torch.bfloat16 if gpu_has_bf16() else torch.float32
+
+
+def window(model: torch.nn.Module, max_seq_length: int) -> int:
+    """The longest sequence, tokens, that is asked for and that the model has positions for."""
+    return min(max_seq_length, getattr(model.config, "max_position_embeddings", max_seq_length))
 
 
 def grow(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -155,8 +178,7 @@ class ConfidenceModel:
             max_seq_length: longest question and answer, tokens; a longer passage loses its middle.
         """
         self.model, self.tokenizer, self.scaling = model.eval(), tokenizer, scaling or {}
-        window = getattr(model.config, "max_position_embeddings", None) or max_seq_length
-        self.max_seq_length = min(max_seq_length, window)
+        self.max_seq_length = window(model, max_seq_length)
 
     @classmethod
     def from_pretrained(
@@ -221,6 +243,8 @@ class ConfidenceModel:
                 scaling = self.scaling.get(DATASETS[record["dataset"]].domain)
                 scaled = scaling is not None and domain is None
                 probability = float(scaling.apply(confidence)) if scaled else confidence
+                if max_new_tokens is None:
+                    text = questions[i]["response"]  # of which the middle may not have been read
                 judged = judge_answer(record["dataset"], text, None, record.get("options"))
                 answers[i] = Answer(text, probability, confidence, tag, judged.extracted)
         return [answers[i] for i in range(len(fitting))]
@@ -241,41 +265,54 @@ class ConfidenceModel:
 # ------------------------------------------------------------------------------------------------
 # Exports: what servers can load that know nothing of trained token rows
 
+MARK = "export.json"  # in a folder that an export wrote, and may replace
 
-def export_merged(adapter: str, folder: str | Path, dtype: torch.dtype, **loading: Any) -> Path:
+
+def export_merged(
+    adapter: str,
+    folder: str | Path,
+    dtype: torch.dtype,
+    check: Callable[[ConfidenceModel], None] | None = None,
+    **loading: Any,
+) -> Path:
     """Writes a model into which the adapter is merged, with the tags in its tokenizer.
 
     Args:
         adapter, loading: see load_adapter().
-        folder: to write, or to replace.
+        folder: to write; an earlier export is replaced.
         dtype: of the weights, as torch.bfloat16.
+        check: is given what was written, loaded anew, before it takes its place; what it raises
+            leaves the earlier export where it is.
 
     Returns:
         `folder`.
 
     Raises:
-        InputError: if it is an activated adapter, which leaves the model's answers as they were and
-            so cannot be part of its weights.
+        InputError: if the folder holds something else, or the adapter is an activated one, which
+            leaves the model's answers as they were and so cannot be part of its weights.
     """
-    model, tokenizer = load_adapter(adapter, dtype=dtype, **loading)
-    if not isinstance(model, PeftModel):
-        raise InputError(f"{adapter} holds a merged model already")
-    if is_activated(model):
-        raise InputError(
-            f"{adapter} is an activated adapter, which acts after the answer alone and cannot be "
-            "merged: use --rows_in_base, or train with --adapter lora"
-        )
-    folder = Path(folder)
-    new = new_folder(folder)
-    model.merge_and_unload().save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    copy_scaling(adapter, new)
-    replace_folder(folder)
-    return folder
+    with exporting(adapter, Path(folder)) as new:
+        model, tokenizer = load_trained_rows(adapter, dtype, loading)
+        if is_activated(model):
+            raise InputError(
+                f"{adapter} is an activated adapter, which acts after the answer alone and cannot "
+                "be merged: use --rows_in_base, or train with --adapter lora"
+            )
+        model.merge_and_unload().save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        copy_scaling(adapter, new)
+        del model
+        if check:
+            check(ConfidenceModel.from_pretrained(new, dtype=dtype, scale=False))
+    return Path(folder)
 
 
 def export_rows_in_base(
-    adapter: str, folder: str | Path, dtype: torch.dtype, **loading: Any
+    adapter: str,
+    folder: str | Path,
+    dtype: torch.dtype,
+    check: Callable[[ConfidenceModel], None] | None = None,
+    **loading: Any,
 ) -> Path:
     """Writes `base/`, the base model with the trained rows of marker and tags in its embedding and
     head, and `adapter/`, the LoRA without them: a plain one, which vLLM loads.
@@ -285,53 +322,76 @@ def export_rows_in_base(
     Returns:
         The folder of the adapter.
     """
-    model, tokenizer = load_adapter(adapter, dtype=dtype, **loading)
-    if not isinstance(model, PeftModel):
-        raise InputError(f"{adapter} holds a merged model, whose rows are in it already")
-    folder = Path(folder)
-    new = new_folder(folder)
-    name = model.active_adapter
-    config = model.peft_config[name]
-    matrices = {
-        key: value.contiguous()
-        for key, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-        if ".lora_" in key
-    }
-    base = without_wrapper(model)
-    trained = []
-    for part in (base.get_input_embeddings(), base.get_output_embeddings()):
-        layer: TrainableTokensLayer = part.token_adapter
-        trained.append((layer.token_indices[name], layer.trainable_tokens_delta[name].detach()))
-    base = model.unload()
-    with torch.no_grad():
-        for part, (ids, rows) in zip((base.get_input_embeddings(), base.get_output_embeddings()),
-                                     trained, strict=True):  # fmt: skip
-            part.weight[ids] = rows.to(part.weight.dtype)
-    base.save_pretrained(new / "base")
-    tokenizer.save_pretrained(new / "base")
+    with exporting(adapter, Path(folder)) as new:
+        model, tokenizer = load_trained_rows(adapter, dtype, loading)
+        name = model.active_adapter
+        config = model.peft_config[name]
+        matrices = {
+            key: value.contiguous()
+            for key, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+            if ".lora_" in key
+        }
+        trained = []
+        for part in embeddings(without_wrapper(model)):
+            layer: TrainableTokensLayer = part.token_adapter
+            trained.append((layer.token_indices[name], layer.trainable_tokens_delta[name].detach()))
+        base = model.unload()
+        with torch.no_grad():
+            for part, (ids, rows) in zip(embeddings(base), trained, strict=True):
+                part.weight[ids] = rows.to(part.weight.dtype)
+        base.save_pretrained(new / "base")
+        tokenizer.save_pretrained(new / "base")
 
-    config.trainable_token_indices = None
-    config.base_model_name_or_path = str(folder / "base")
-    config.save_pretrained(new / "adapter")
-    save_file(matrices, new / "adapter" / "adapter_model.safetensors", {"format": "pt"})
-    tokenizer.save_pretrained(new / "adapter")
-    copy_scaling(adapter, new / "adapter")
-    replace_folder(folder)
-    return folder / "adapter"
+        config.trainable_token_indices = None
+        config.base_model_name_or_path = str(Path(folder).resolve() / "base")
+        config.save_pretrained(new / "adapter")
+        save_file(matrices, new / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+        tokenizer.save_pretrained(new / "adapter")
+        copy_scaling(adapter, new / "adapter")
+        del model, base
+        if check:
+            base_name = str(new / "base")
+            check(ConfidenceModel.from_pretrained(
+                new / "adapter", model_name=base_name, dtype=dtype, scale=False
+            ))  # fmt: skip
+    return Path(folder) / "adapter"
 
 
-def new_folder(folder: Path) -> Path:
-    """An empty staging folder.
+def load_trained_rows(
+    adapter: str, dtype: torch.dtype, loading: dict[str, Any]
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """load_adapter() of one as training leaves it. InputError if it was exported before."""
+    if base_of(adapter) is None:
+        raise InputError(f"{adapter} is a merged model already: give the adapter it was made of")
+    if PeftConfig.from_pretrained(adapter).trainable_token_indices is None:
+        raise InputError(f"{adapter} has its rows in its base already: give the adapter it was of")
+    return load_adapter(adapter, dtype=dtype, **loading)
+
+
+def embeddings(model: PreTrainedModel) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+@contextmanager
+def exporting(adapter: str, folder: Path) -> Iterator[Path]:
+    """An empty folder to export to, which takes the place of `folder` at the end if all went well.
 
     Raises:
-        InputError: if `folder` holds what no export wrote.
+        InputError: if `folder` holds what no export wrote, or cannot be written.
     """
-    if folder.exists() and not any((folder / name).exists() for name in ("base", "config.json")):
+    if folder.exists() and not (folder / MARK).is_file() and next(folder.iterdir(), None):
         raise InputError(f"{folder} exists and is no earlier export: give another folder")
     new = staging(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    return new
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        (new / MARK).write_text(json.dumps({"adapter": str(adapter)}) + "\n", encoding="utf-8")
+        yield new
+        replace_folder(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def copy_scaling(adapter: str, folder: Path) -> None:

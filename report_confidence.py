@@ -18,11 +18,14 @@ import argparse
 import datetime
 import hashlib
 import json
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 SYSTEMS = {
@@ -139,6 +142,10 @@ def add_loading(
                         help="of the weights; default: "
                         + (default or "bfloat16 on a GPU that has it, else float32"))  # fmt: skip
     parser.add_argument("--trust_remote_code", action="store_true", help="run the model's own code")
+    for bits in (8, 4) if default is None else ():  # what is exported has 16
+        parser.add_argument(
+            f"--load_in_{bits}bit", action="store_true", help="the base's weights, as in training"
+        )
 
 
 if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
@@ -147,6 +154,7 @@ if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
 import numpy as np
 import torch
 from huggingface_hub import EvalResult, ModelCard
+from jinja2 import TemplateError
 from sklearn.metrics import log_loss
 from transformers import PreTrainedTokenizerBase
 from yaml import YAMLError
@@ -154,9 +162,13 @@ from yaml import YAMLError
 from confidence_model import (
     SCALING_FILE,
     ConfidenceModel,
+    base_of,
+    default_dtype,
     export_merged,
     export_rows_in_base,
     plain_confidence,
+    read_scaling,
+    window,
 )
 from reporting import statistics
 from reporting.baselines import bag_of_words, p_true, token_probability
@@ -171,8 +183,11 @@ from train_confidence_lora import (
     RunError,
     build_prompt,
     calibration_error_if_perfect,
+    check_confidence,
     check_question,
     check_sets,
+    check_writable,
+    content_of,
     draw_sample,
     fit_records,
     generate_answers,
@@ -195,27 +210,41 @@ from train_confidence_lora import report as report_error
 
 def loading(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of load_adapter()."""
-    return {
-        "model_name": arguments.model_name,
-        "dtype": arguments.dtype and getattr(torch, arguments.dtype),
-        "trust_remote_code": arguments.trust_remote_code,
-    }
+    names = "model_name trust_remote_code load_in_8bit load_in_4bit".split()
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None)}
+    if arguments.dtype:
+        given["dtype"] = getattr(torch, arguments.dtype)
+    return given
 
 
 # ------------------------------------------------------------------------------------------------
 # evaluate: which records
 
 
-def seen_questions(run: Path, skip_bad: bool) -> tuple[dict[str, str], list[Record], dict]:
-    """What the run that an adapter lies in has seen.
+def seen_questions(adapter: str, skip_bad: bool) -> tuple[dict[str, str], list[Record], dict]:
+    """What the run has seen in whose folder an adapter lies.
 
     Returns:
         ({question key: "trained on" or "used to choose a checkpoint"}, its training file's records,
-        its settings); all empty if the folder holds no run.
+        its settings); all empty if there is no run.
+
+    Raises:
+        InputError: if its data is gone, or is not what it was.
     """
-    saved = read_settings(run, "delete it and give --assume_held_out, or train anew")
+    saved = read_settings(
+        Path(adapter).resolve().parent, "give --assume_held_out if you know what it has seen"
+    )
     if not saved:
         return {}, [], {}
+    data = SimpleNamespace(
+        train_data=saved["train_data"], val_data=saved["val_data"], tuning="scratch"
+    )
+    for path, content in content_of(data).items():
+        if saved["resolved"]["content"].get(path, content) != content:
+            raise InputError(
+                f"{path} is not what {adapter} was trained with: put that back, or give "
+                "--assume_held_out if you know that --data was not part of it"
+            )
     records = read_records(saved["train_data"], skip_bad)
     seen = {}
     for name, members in read_sets(saved["val_data"], skip_bad).items():
@@ -234,39 +263,45 @@ def is_for_scaling(record: Record, share: float) -> bool:
 def choose_records(
     arguments: argparse.Namespace, seen: dict[str, str]
 ) -> tuple[list[Record], list[dict]]:
-    """The records to be answered, each once, with the name of their `set`; it is "" for those that
-    scaling is fitted on. And what became of each file's records.
+    """The records to be answered, each once, with its `key` and the name of its `set`, which is ""
+    if scaling is fitted on it. And what became of each test file's records.
 
     Raises:
         InputError: if a set has no record left.
     """
     chosen, account, known = [], [], dict(seen)
-    for records in read_sets(arguments.scaling_data, arguments.skip_bad_records).values():
-        for record in records:
-            if known.setdefault(question_key(record), "in --scaling_data") == "in --scaling_data":
-                chosen.append({**record, "set": ""})
-    share = 0.0 if chosen or arguments.scaling == "none" else arguments.scaling_share
-    for name, records in read_sets(arguments.data, arguments.skip_bad_records).items():
+
+    def take(flag: str, name: str, records: list[Record], share: float, into: str) -> None:
         left_out, used = Counter(), 0
         for record in records[: arguments.limit]:
-            reason = known.get(question_key(record))
-            known.setdefault(question_key(record), "asked before")
+            key = question_key(record)
+            reason = known.get(key)
+            known.setdefault(key, "asked before")
             if reason is None and is_for_scaling(record, share):
-                chosen.append({**record, "set": ""})
+                chosen.append({**record, "key": key, "set": ""})
                 reason = "kept for scaling"
             if reason:
                 left_out[reason] += 1
             else:
-                chosen.append({**record, "set": name})
+                chosen.append({**record, "key": key, "set": into})
                 used += 1
         if not used:
             reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
             raise InputError(
-                f"--data {name}: none of its {len(records)} records is held out ({reasons}): give "
-                "questions that the training has not seen"
+                f"{flag} {name}: none of {left_out.total()} records is left to use ({reasons}): "
+                "give more questions that the training has not seen"
             )
-        account.append({"set": name, "path": records[0]["file"], "records": len(records),
+        account.append({"set": name, "path": records[0]["file"], "records": left_out.total() + used,
                         "used": used, "left_out": dict(left_out)})  # fmt: skip
+
+    share = arguments.scaling_share
+    if arguments.scaling_data or arguments.scaling == "none":
+        share = 0.0
+    for name, records in read_sets(arguments.scaling_data, arguments.skip_bad_records).items():
+        take("--scaling_data", name, records, 0.0, "")
+    del account[:]  # of what is tested on
+    for name, records in read_sets(arguments.data, arguments.skip_bad_records).items():
+        take("--data", name, records, share, name)
     return chosen, account
 
 
@@ -325,10 +360,10 @@ def answer_alone(
 
 
 def score_records(
-    arguments: argparse.Namespace, records: list[Record], generate: bool, training: list[Record]
+    arguments: argparse.Namespace, records: list[Record], generate: bool, words: list[Record]
 ) -> Scores:
     """Has the records answered, or takes their recorded answers, and asks every system that needs
-    no fitting on them."""
+    no fitting on them. words: tagged records, other ones, to fit the bag of words on."""
     size, most = arguments.batch_size, arguments.max_new_tokens if generate else None
     options = loading(arguments)
     if arguments.adapter:
@@ -337,11 +372,17 @@ def score_records(
         )
         model, tokenizer = adapted.model, adapted.tokenizer
     else:
-        name, dtype = options.pop("model_name"), options.pop("dtype") or torch.float32
+        name, dtype = options.pop("model_name"), options.pop("dtype", default_dtype())
         tokenizer = load_tokenizer(name, arguments.trust_remote_code)
         model = load_base_model(name, dtype, **options).eval()
-    room = arguments.max_seq_length - 2 - (MIN_ANSWER_TOKENS if generate else 0)
+    room = window(model, arguments.max_seq_length) - 2 - (MIN_ANSWER_TOKENS if generate else 0)
+    sets = {record["set"] for record in records}
     records = fit_records(tokenizer, records, room, "--data")
+    if lost := sets - {record["set"] for record in records}:
+        raise InputError(
+            f"--data {lost.pop()}: no record fits --max_seq_length {arguments.max_seq_length} and "
+            "the model's window"
+        )
     systems, tags = {}, [None] * len(records)
     if arguments.adapter:
         found = adapted.answer(records, most, size) if generate else adapted.judge(records, size)
@@ -360,8 +401,10 @@ def score_records(
                          "extracted": judged.extracted})  # fmt: skip
     systems["token_probability"] = token_probability(model, tokenizer, answered, size)
     systems["p_true"] = p_true(model, tokenizer, answered, size)
-    if len({record["confident"] for record in training}) == 2:
-        systems["bag_of_words"] = bag_of_words(training)(answered)
+    asked = {record["key"] for record in records}
+    words = [record for record in words if question_key(record) not in asked]
+    if len({record["confident"] for record in words}) == 2:
+        systems["bag_of_words"] = bag_of_words(words)(answered)
     systems["always_confident"] = np.ones(len(answered))
     return Scores(answered, systems, np.array([record["correct"] for record in answered]))
 
@@ -431,6 +474,20 @@ def measure(
     return figures
 
 
+def rates_of(scores: Scores, tags: bool) -> dict[str, dict]:
+    """Shares of the answers in which no answer could be found, which count as wrong, and of those
+    that the adapter wrote no tag after, or another domain's."""
+    count = len(scores.records)
+    found = {"unparsed": sum(record["extracted"] is None for record in scores.records)}
+    if tags:
+        found["missing_tag"] = sum(record["emitted"] is None for record in scores.records)
+        found["wrong_domain"] = sum(record["emitted"] == "other" for record in scores.records)
+    return {
+        name: as_dict(Interval(hits / count, *statistics.clopper_pearson(hits, count)))
+        for name, hits in found.items()
+    }
+
+
 def groups(scores: Scores) -> Iterator[tuple[str, np.ndarray]]:
     """(name, mask) of each set, of a domain of several sets, and of all."""
     sets = np.array([record["set"] for record in scores.records])
@@ -459,8 +516,12 @@ def figures_of(
         answer_accuracy = systems[main].pop("answer_accuracy")
         for figures in systems.values():
             figures.pop("answer_accuracy", None)  # the same for all
-        sets[name] = {"num_samples": len(part.records), "answer_accuracy": answer_accuracy,
-                      "systems": systems}  # fmt: skip
+        sets[name] = {
+            "num_samples": len(part.records),
+            "answer_accuracy": answer_accuracy,
+            "rates": rates_of(part, tags="adapter" in systems),
+            "systems": systems,
+        }
         differences[name] = {
             system: {
                 metric: as_dict(
@@ -477,34 +538,45 @@ def figures_of(
 
 
 def leave_one_domain_out(
-    arguments: argparse.Namespace, test: Scores, fitting: Scores, raw: str, training: list[Record]
+    arguments: argparse.Namespace,
+    test: Scores,
+    fitting: Scores,
+    raw: str,
+    main: str,
+    words: list[Record],
 ) -> dict[str, dict]:
     """How each system that is fitted to domains does on one that it was not fitted to."""
     domains, found = domains_of(test.records), {}
     if len(set(domains)) == 1 and not arguments.without:
         return found
-    fitting_domains, training_domains = domains_of(fitting.records), domains_of(training)
     adapters = dict(item.split("=", 1) for item in arguments.without)
     for domain in sorted(set(domains.tolist())):
         part = test.part(domains == domain)
-
-        def note(what: str, description: str, confidence: np.ndarray) -> None:
-            figures = measure(arguments, confidence, part)  # noqa: B023  # called in this turn
-            found[f"{domain}: {what}"] = {"description": description, "metrics": figures}  # noqa: B023
-
-        note("fitted to it", "as above, for comparison", part.systems[raw])
-        others = fitting.part(fitting_domains != domain)
-        if len(set(others.correct)) == 2:
-            scaling = statistics.fit_scaling(others.systems[raw], others.correct, arguments.scaling)
-            note("scaling", "scaling fitted on the other domains",
-                 scaling.apply(part.systems[raw]))  # fmt: skip
-        known = [record for record, own in zip(training, training_domains) if own != domain]
+        tried = {"main": (f"{SYSTEMS[main]}, fitted to this domain too", part.systems[main])}
+        others = fitting.part(domains_of(fitting.records) != domain)
+        if arguments.scaling != "none":
+            with suppress(ValueError):  # too few answers, or of one kind
+                scaling = statistics.fit_scaling(
+                    others.systems[raw], others.correct, arguments.scaling
+                )
+                scaled = scaling.apply(part.systems[raw])
+                tried["scaling"] = "scaling fitted on the other domains", scaled
+        asked = {record["key"] for record in part.records}
+        known = [
+            record
+            for record, own in zip(words, domains_of(words))
+            if own != domain and question_key(record) not in asked
+        ]
         if len({record["confident"] for record in known}) == 2:
-            note("bag_of_words", "fitted on the other domains", bag_of_words(known)(part.records))
+            by_words = bag_of_words(known)(part.records)
+            tried["bag_of_words"] = "a bag of words fitted on the other domains", by_words
         if domain in adapters:
             tags, confidence = score_without(arguments, domain, adapters[domain], part.records)
-            note("adapter", f"{adapters[domain]}, trained without it; its {tags} tags are read",
-                 confidence)  # fmt: skip
+            description = f"{adapters[domain]}, trained without it; its {tags} tags are read"
+            tried["adapter"] = description, confidence
+        for name, (description, confidence) in tried.items():
+            figures = measure(arguments, confidence, part)
+            found[f"{domain}: {name}"] = {"description": description, "metrics": figures}
     return found
 
 
@@ -517,7 +589,7 @@ def score_without(
     Raises:
         InputError: if it was trained with it.
     """
-    _, training, _ = seen_questions(Path(adapter).parent, arguments.skip_bad_records)
+    _, training, _ = seen_questions(adapter, arguments.skip_bad_records)
     counts = Counter(domains_of(training).tolist())
     if not counts or counts[domain]:
         raise InputError(
@@ -535,35 +607,29 @@ def score_without(
 def evaluate(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     check_evaluate(arguments)
-    seen, training, saved = {}, [], {}
-    if arguments.adapter:
-        run = Path(arguments.adapter).parent
-        seen, training, saved = seen_questions(run, arguments.skip_bad_records)
-        if not saved and not arguments.assume_held_out:
-            raise InputError(
-                f"{run} has no settings.yaml that tells what the adapter was trained on: put its "
-                "run's there, or give --assume_held_out if you know that --data was not part of it"
-            )
+    seen, training, saved = read_run(arguments)
+    words = training
     if arguments.train_data:
-        training = read_records(arguments.train_data, arguments.skip_bad_records)
-    training = [record for record in training if "confident" in record]
+        words = read_records(arguments.train_data, arguments.skip_bad_records)
+    words = [record for record in words if "confident" in record]
     records, account = choose_records(arguments, seen)
+    check_domains(arguments, records)
     generate = choose_answers(arguments.answers, records)
     folder = report_folder(arguments)
     say(f"{len(records)} questions, {'to be answered' if generate else 'with recorded answers'}")
 
-    scores = score_records(arguments, records, generate, training)
+    scores = score_records(arguments, records, generate, words)
     for_test = np.array([record["set"] != "" for record in scores.records])
     fitting = scores.part(~for_test)
     raw = "adapter" if arguments.adapter else "token_probability"
     maps = fit_scalings(fitting, raw, arguments.scaling) if len(fitting.records) else {}
     add_fitted(scores, fitting, raw, maps)
-    test = scores.part(for_test)
+    test, fitting = scores.part(for_test), scores.part(~for_test)
     main = "scaled" if maps else raw
     sets, differences = figures_of(arguments, test, main)
     report = {
         "title": arguments.adapter or arguments.model_name,
-        "model_name": arguments.model_name or saved.get("model_name"),
+        "model_name": arguments.model_name or base_of(arguments.adapter),
         "adapter": arguments.adapter,
         "kind": saved.get("adapter"),
         "created": datetime.date.today().isoformat(),
@@ -575,17 +641,17 @@ def evaluate(arguments: argparse.Namespace) -> int:
         "systems": {name: SYSTEMS[name] for name in test.systems},
         "sets": sets,
         "differences": differences,
-        "leave_one_domain_out": leave_one_domain_out(arguments, test, fitting, raw, training),
+        "leave_one_domain_out": leave_one_domain_out(arguments, test, fitting, raw, main, words),
         "scaling": scaling_of(maps, arguments.scaling, fitting, test, raw) if maps else None,
     }
     write_report(folder, report, test)
-    if arguments.adapter and Path(arguments.adapter).is_dir():
-        if maps:
-            write_text(Path(arguments.adapter, SCALING_FILE), as_json(report["scaling"]))
-        write_card(Path(arguments.adapter), report)
+    if arguments.adapter and Path(arguments.adapter).is_dir() and not arguments.limit:
+        keep_beside(Path(arguments.adapter), report, test)
     seconds = time.perf_counter() - start
-    say(f"{format_report(report)}\n\n{len(records)} answers in {seconds:.0f} s; page: "
-        f"{folder / 'report.html'}")  # fmt: skip
+    say(
+        f"{format_report(report)}\n\n{len(records)} answers in {seconds:.0f} s; page: "
+        f"{folder / 'report.html'}"
+    )
     return 0
 
 
@@ -597,10 +663,46 @@ def check_evaluate(arguments: argparse.Namespace) -> None:
         raise InputError("evaluate: give --adapter FOLDER, or --model_name for a model without one")
     if not 0 <= arguments.scaling_share < 1:
         raise InputError(f"--scaling_share {arguments.scaling_share}: give 0 to below 1")
+    if arguments.scaling == "none" and arguments.scaling_data:
+        raise InputError("--scaling_data is for scaling: leave it out, or --scaling none")
+    for flag in ("limit", "batch_size", "max_new_tokens", "max_seq_length", "calib_beta"):
+        if (value := getattr(arguments, flag)) is not None and value < 1:
+            raise InputError(f"--{flag} {value}: give at least 1")
     for item in arguments.without:
         domain, _, adapter = item.partition("=")
         if domain not in CONFIDENCE_TOKENS or not adapter:
             raise InputError(f"--without {item}: write DOMAIN=ADAPTER, as READ=checkpoints/…/final")
+    if arguments.adapter and base_of(arguments.adapter) is None:
+        raise InputError(
+            f"--adapter {arguments.adapter} is a merged model: evaluate the adapter it was made of"
+        )
+
+
+def check_domains(arguments: argparse.Namespace, records: list[Record]) -> None:
+    """InputError if --without names a domain of which nothing is asked."""
+    asked = set(domains_of([record for record in records if record["set"]]).tolist())
+    for item in arguments.without:
+        if item.partition("=")[0] not in asked:
+            raise InputError(f"--without {item}: --data asks of {', '.join(sorted(asked))} only")
+
+
+def read_run(arguments: argparse.Namespace) -> tuple[dict[str, str], list[Record], dict]:
+    """seen_questions() of --adapter. Of one that nothing is known of, only if told to."""
+    if not arguments.adapter:
+        return {}, [], {}
+    try:
+        found = seen_questions(arguments.adapter, arguments.skip_bad_records)
+    except InputError as error:
+        if not arguments.assume_held_out:
+            raise
+        say(f"warning: {error}")
+        return {}, [], {}
+    if not found[2] and not arguments.assume_held_out:
+        raise InputError(
+            f"there is no settings.yaml beside {arguments.adapter} that tells what it was trained "
+            "on: put its run's there, or give --assume_held_out if you know it has not seen --data"
+        )
+    return found
 
 
 def report_folder(arguments: argparse.Namespace) -> Path:
@@ -608,14 +710,29 @@ def report_folder(arguments: argparse.Namespace) -> Path:
     if arguments.output_dir:
         folder = Path(arguments.output_dir)
     elif arguments.adapter and Path(arguments.adapter).is_dir():
-        folder = Path(arguments.adapter).parent / "report"
+        folder = Path(arguments.adapter).resolve().parent / "report"
+        folder = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
     else:
         raise InputError("--output_dir is missing: say where the report shall go")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir {folder}: {error.strerror}") from error
+    check_writable(folder)
     return folder
+
+
+def keep_beside(adapter: Path, report: dict[str, Any], test: Scores) -> None:
+    """Puts the scaling of the domains that were evaluated beside the adapter, for serving, and the
+    figures into its card."""
+    path = adapter / SCALING_FILE
+    domains = set(domains_of(test.records).tolist())
+    scaling = report["scaling"] or {"maps": {}}
+    try:
+        others = {k: v._asdict() for k, v in read_scaling(str(adapter)).items() if k not in domains}
+        if maps := {**others, **scaling["maps"]}:
+            write_text(path, as_json({**scaling, "maps": maps}))
+        else:
+            path.unlink(missing_ok=True)
+        write_card(adapter, report)
+    except OSError as error:
+        say(f"warning: {error}: neither scaling nor card can be put beside the adapter")
 
 
 def add_fitted(scores: Scores, fitting: Scores, raw: str, maps: dict[str, Scaling]) -> None:
@@ -682,18 +799,27 @@ def write_report(folder: Path, report: dict[str, Any], test: Scores) -> None:
     """Writes the report; what was chosen by an earlier one's scores goes with them."""
     for name in ("threshold.json", "route.json", "routing.png"):
         (folder / name).unlink(missing_ok=True)
-    names = "set dataset question context options answer response extracted correct emitted".split()
+    names = (
+        "set key dataset question context options answer response extracted correct emitted"
+    ).split()
     lines = []
     for i, record in enumerate(test.records):
         line = {name: record[name] for name in names if record.get(name) is not None}
         line["domain"] = DATASETS[record["dataset"]].domain
         line["source"] = source(record)
-        line["key"] = question_key(record)
         line["confidence"] = {name: float(part[i]) for name, part in test.systems.items()}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(folder / "scores.jsonl", "".join(lines))
     write_text(folder / "report.json", as_json(report))
-    write_page(folder)
+    draw(folder)
+
+
+def draw(folder: Path) -> None:
+    """write_page(). InputError if something in the folder is not what was written there."""
+    try:
+        write_page(folder)
+    except (OSError, ValueError, KeyError, TemplateError) as error:
+        raise InputError(f"{folder} cannot be drawn ({error}): evaluate makes it anew") from error
 
 
 COLUMNS = {  # of the printed table, heading: metric; report.json has all
@@ -722,6 +848,8 @@ def format_report(report: dict[str, Any]) -> str:
             f"\n{name}: {part['num_samples']} answers, right: {cell(part['answer_accuracy'])}; "
             f"a perfect model's cal err stays below {perfect:.3f} here"
         )
+        rates = part["rates"].items()
+        lines.append(", ".join(f"{name} {rate['value']:.1%}" for name, rate in rates))
         lines.append(" " * width + "".join(f"{heading:>23}" for heading in COLUMNS))
         for system, figures in part["systems"].items():
             cells = "".join(f"{cell(figures.get(metric)):>23}" for metric in COLUMNS.values())
@@ -799,6 +927,10 @@ def read_report(folder: str, system: str | None) -> Report:
         confidence = np.array([line["confidence"][system] for line in answers], float)
         correct = np.array([line["correct"] for line in answers], bool)
         keys = [line["key"] for line in answers]
+        check_confidence(confidence, correct)
+        for name in ("threshold.json", "route.json"):
+            if (path := Path(folder, name)).is_file():
+                parse_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{folder} is no report ({error}): make it with report_confidence.py evaluate"
@@ -832,7 +964,15 @@ def threshold(arguments: argparse.Namespace) -> int:
         "coverage": found and as_dict(found.coverage),
     }
     write_text(report.folder / "threshold.json", as_json(result))
-    write_page(report.folder)
+    if (path := report.folder / "route.json").is_file():  # which marks the threshold
+        routed = parse_object(path.read_text(encoding="utf-8"))
+        measure_routing(
+            read_report(arguments.report, routed["system"]),
+            routed["bigger"],
+            routed["cost"],
+            routed["bigger_cost"],
+        )
+    draw(report.folder)
     say(format_threshold(result))
     return 0 if found else 1
 
@@ -846,7 +986,7 @@ def format_threshold(result: dict[str, Any]) -> str:
         )
     precision, coverage = result["precision"], result["coverage"]
     return (
-        f"threshold {result['threshold']:.6f} of {result['system']}: answers "
+        f"threshold {result['threshold']!r} of {result['system']}: answers "
         f"{coverage['value']:.1%} of the questions ({coverage['low']:.1%} to "
         f"{coverage['high']:.1%}), {precision['value']:.1%} of them right, at least "
         f"{precision['low']:.1%} with {level} ({result['num_accepted']} of "
@@ -872,31 +1012,37 @@ def route(arguments: argparse.Namespace) -> int:
         if not 0 <= value < float("inf"):
             raise InputError(f"--{flag} {value}: give 0 or more")
     report = read_report(arguments.report, arguments.system)
-    answers = read_records(arguments.bigger, parse=parse_bigger)
+    result = measure_routing(report, arguments.bigger, arguments.cost, arguments.bigger_cost)
+    draw(report.folder)
+    say(format_route(result))
+    return 0
+
+
+def measure_routing(report: Report, path: str, cost: float, bigger_cost: float) -> dict[str, Any]:
+    """What route.json holds, which is written: routing to the model whose answers `path` has."""
+    answers = read_records(path, parse=parse_bigger)
     bigger = {question_key(record): record["correct"] for record in answers}
     paired = np.array([key in bigger for key in report.keys])
     if not paired.any():
-        raise InputError(f"--bigger {arguments.bigger} has none of {report.folder}'s questions")
+        raise InputError(f"--bigger {path} has none of {report.folder}'s questions")
     if not paired.all():
         say(
-            f"warning: {(~paired).sum()} of {len(paired)} questions are not in {arguments.bigger} "
-            'and are left out; where that model gave no answer, write "correct": false'
+            f"warning: {(~paired).sum()} of {len(paired)} questions are not in {path} and are left "
+            'out; where that model gave no answer, write "correct": false'
         )
     confidence, correct = report.confidence[paired], report.correct[paired]
     bigger_correct = np.array([bigger[key] for key in report.keys if key in bigger])
-    curves = statistics.routing_curves(
-        confidence, correct, bigger_correct, arguments.cost, arguments.bigger_cost
-    )
+    curves = statistics.routing_curves(confidence, correct, bigger_correct, cost, bigger_cost)
     figures = statistics.bootstrap_intervals(confidence, correct)
     names = "aurc accuracy_at_50 accuracy_at_80 accuracy_at_90".split()
     result = {
         "system": report.system,
-        "bigger": arguments.bigger,
+        "bigger": path,
         "num_pairs": len(correct),
         "local_accuracy": float(correct.mean()),
         "bigger_accuracy": float(bigger_correct.mean()),
-        "cost": arguments.cost,
-        "bigger_cost": arguments.bigger_cost,
+        "cost": cost,
+        "bigger_cost": bigger_cost,
         "curves": {name: curve.tolist() for name, curve in curves.items()},
         "at_threshold": None,
         **{name: as_dict(figures[name]) for name in names},
@@ -906,12 +1052,10 @@ def route(arguments: argparse.Namespace) -> int:
         result["at_threshold"] = {
             "share_routed": float(routed.mean()),
             "accuracy": float(np.where(routed, bigger_correct, correct).mean()),
-            "cost": float(arguments.cost + arguments.bigger_cost * routed.mean()),
+            "cost": float(cost + bigger_cost * routed.mean()),
         }
     write_text(report.folder / "route.json", as_json(result))
-    write_page(report.folder)
-    say(format_route(result))
-    return 0
+    return result
 
 
 def chosen_threshold(report: Report) -> float | None:
@@ -937,8 +1081,8 @@ def format_route(result: dict[str, Any]) -> str:
         )
     if chosen := result["at_threshold"]:
         lines.append(
-            f"at the threshold: {chosen['share_routed']:.1%} routed, cost {chosen['cost']:.2f}, "
-            f"{chosen['accuracy']:.1%} right"
+            f"at the threshold, which was chosen by these answers: {chosen['share_routed']:.1%} "
+            f"routed, cost {chosen['cost']:.2f}, {chosen['accuracy']:.1%} right"
         )
     shares = (
         f"{result[f'accuracy_at_{share}']['value']:.1%} of the most confident {share} %"
@@ -961,31 +1105,32 @@ def export(arguments: argparse.Namespace) -> int:
     records = [{**record, "response": text} for record, text in zip(records, texts)]
     before = np.array([answer.confidence for answer in adapted.judge(records)])
     del adapted
-    if arguments.merged:
-        written = export_merged(arguments.adapter, arguments.merged, **options)
-    else:
-        written = export_rows_in_base(arguments.adapter, arguments.rows_in_base, **options)
-    exported = ConfidenceModel.from_pretrained(
-        written, scale=False, **{**options, "model_name": None}
-    )
-    after = np.array([answer.confidence for answer in exported.judge(records)])
-    served = plain_confidence(exported.model, exported.tokenizer, records)
-    worst, as_served = (float(np.abs(found - before).max()) for found in (after, served))
-    say(
-        f"{written}: max |ΔP(C)| {worst:.5f} on {len(records)} answers; {as_served:.5f} read from "
-        f"{arguments.dtype} logits, as a server does"
-    )
-    if not max(worst, as_served) <= MOST_DIFFERENT:
-        raise RunError(
-            f"{written} gives other confidences than {arguments.adapter}, by up to "
-            f"{max(worst, as_served):.3f}: do not serve it; try --dtype float16"
+    folder = arguments.merged or arguments.rows_in_base
+
+    def compare(exported: ConfidenceModel) -> None:
+        after = np.array([answer.confidence for answer in exported.judge(records)])
+        served = plain_confidence(exported.model, exported.tokenizer, records)
+        worst, as_served = (float(np.abs(found - before).max()) for found in (after, served))
+        say(
+            f"{folder}: max |ΔP(C)| {worst:.5f} on {len(records)} answers; {as_served:.5f} read "
+            f"from {arguments.dtype} logits, as a server does"
         )
+        if not max(worst, as_served) <= MOST_DIFFERENT:
+            raise RunError(
+                f"{folder} would give other confidences than {arguments.adapter}, by up to "
+                f"{max(worst, as_served):.3f}, and is not written: try --dtype float16"
+            )
+
+    way = export_merged if arguments.merged else export_rows_in_base
+    way(arguments.adapter, folder, check=compare, **options)
     return 0
 
 
 def questions_to_check(arguments: argparse.Namespace) -> list[Record]:
     """Some questions of --questions, or of the data that the adapter was trained on."""
-    path = arguments.questions or read_settings(Path(arguments.adapter).parent).get("train_data")
+    base_of(arguments.adapter)  # says if there is no adapter
+    run = Path(arguments.adapter).resolve().parent
+    path = arguments.questions or read_settings(run, "give --questions FILE").get("train_data")
     if path is None:
         raise InputError(
             f"{arguments.adapter} lies in no run that tells of questions: give --questions FILE"

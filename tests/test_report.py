@@ -97,7 +97,7 @@ def test_data_that_the_run_has_seen_is_refused(records, reason, adapter, tmp_pat
     data = write_jsonl(tmp_path / "seen.jsonl", records)
     assert evaluate(adapter, data, tmp_path / "out") == 2
     said = capsys.readouterr().err
-    assert "is held out" in said
+    assert "is left to use" in said
     assert reason in said
 
 
@@ -107,11 +107,12 @@ def test_an_adapter_whose_training_is_unknown_is_believed_only_if_told(
     without = shutil.ignore_patterns("scaling.json")
     shutil.copytree(adapter, tmp_path / "alone" / "final", ignore=without)
     out = tmp_path / "out"
-    assert evaluate(tmp_path / "alone" / "final", held_out, out, "--limit", 40) == 2
+    assert evaluate(tmp_path / "alone" / "final", held_out, out) == 2
     assert "--assume_held_out" in capsys.readouterr().err
     Path(tmp_path, "alone", "final", "README.md").write_text("---\na: [\n---\nBy hand.\n")
-    more = ["--limit", 40, "--assume_held_out", "--scaling", "none"]
-    assert evaluate(tmp_path / "alone" / "final", held_out, out, *more) == 0
+    few = write_jsonl(tmp_path / "few.jsonl", HELD_OUT[:40])
+    more = ["--assume_held_out", "--scaling", "none"]
+    assert evaluate(tmp_path / "alone" / "final", few, out, *more) == 0
     figures = json.loads((out / "report.json").read_text())
     assert figures["main"] == "adapter"
     assert figures["scaling"] is None
@@ -225,6 +226,78 @@ def test_a_domain_left_out_is_tested_by_what_never_saw_it(adapter, held_out, tmp
     assert "of domain MED" in capsys.readouterr().err
 
 
+def copy_of(adapter, folder):
+    """A copy of an adapter's run; returns the adapter's folder."""
+    shutil.copytree(Path(adapter).parent, folder / "run", ignore=shutil.ignore_patterns("scaling*"))
+    return folder / "run" / "final"
+
+
+def test_training_data_that_has_changed_tells_nothing_any_more(adapter, tmp_path, capsys):
+    copy = copy_of(adapter, tmp_path)
+    settings = tmp_path / "run" / "settings.yaml"
+    saved = yaml.safe_load(settings.read_text())
+    path = saved["train_data"]
+    changed = write_jsonl(tmp_path / "changed.jsonl", TRAINED[:50])
+    saved["resolved"]["content"][changed] = saved["resolved"]["content"][path]
+    settings.write_text(yaml.safe_dump({**saved, "train_data": changed}))
+    data = write_jsonl(tmp_path / "test.jsonl", TRAINED[50:])
+    assert evaluate(copy, data, tmp_path / "out") == 2
+    assert "is not what" in capsys.readouterr().err
+    assert evaluate(copy, data, tmp_path / "out", "--assume_held_out") == 0
+
+
+def test_the_scaling_beside_an_adapter_is_that_of_its_last_evaluation(adapter, tmp_path):
+    copy, out = copy_of(adapter, tmp_path), tmp_path / "out"
+    path = copy / "scaling.json"
+    path.write_text('{"maps": {"MED": {"a": 0.2, "b": -1}, "MATH": {"a": 2, "b": 0}}}')
+    data = write_jsonl(tmp_path / "test.jsonl", HELD_OUT[:120])
+    assert evaluate(copy, data, out, "--limit", 30) == 0  # a try, which changes nothing
+    assert json.loads(path.read_text())["maps"]["MED"] == {"a": 0.2, "b": -1}
+    assert evaluate(copy, data, out) == 0
+    maps = json.loads(path.read_text())["maps"]
+    assert maps.keys() == {"MED", "READ", "MATH"}
+    assert maps["MED"] != {"a": 0.2, "b": -1}
+    assert maps["MATH"] == {"a": 2, "b": 0}
+    assert evaluate(copy, data, out, "--scaling", "none") == 0
+    assert json.loads(path.read_text())["maps"].keys() == {"MATH"}
+
+
+def test_a_question_keeps_its_key_when_its_passage_is_shortened(adapter, tmp_path, capsys):
+    long = [{**r, "context": "The room is empty. " * 60 + r["context"]}
+            for r in HELD_OUT if r["dataset"] == "demo_reading"]  # fmt: skip
+    data, out = write_jsonl(tmp_path / "test.jsonl", long[:20]), tmp_path / "out"
+    assert evaluate(adapter, data, out, "--scaling", "none", "--limit", 20) == 0
+    bigger = write_jsonl(tmp_path / "bigger.jsonl", [{**r, "correct": True} for r in long])
+    assert command("route", out, "--bigger", bigger) == 0
+    assert json.loads((out / "route.json").read_text())["num_pairs"] == 20
+    assert "are left out" not in capsys.readouterr().out
+
+
+def test_what_scaling_and_words_are_fitted_on_is_not_tested_on(adapter, tmp_path, capsys):
+    data, out = write_jsonl(tmp_path / "test.jsonl", HELD_OUT[:60]), tmp_path / "out"
+    seen = write_jsonl(tmp_path / "seen.jsonl", TRAINED)
+    assert evaluate(adapter, data, out, "--limit", 60, "--scaling_data", f"s={seen}") == 2
+    assert "--scaling_data s/demo_medicine: none of" in capsys.readouterr().err
+    fit = write_jsonl(tmp_path / "fit.jsonl", HELD_OUT[40:140])
+    more = ["--limit", 100, "--scaling_data", f"s={fit}", "--train_data", data]
+    assert evaluate(adapter, data, out, *more) == 0
+    figures = json.loads((out / "report.json").read_text())
+    assert figures["scaling"]["num_samples"] == 100
+    left_out = [entry["left_out"] for entry in figures["data"]]
+    assert [part.get("asked before") for part in left_out] == [10, 10]
+    # All records with which the words could be fitted are asked, or fitted on already
+    assert "bag_of_words" not in figures["systems"]
+    assert figures["training"]["records"] == len(TRAINED)
+
+
+def test_too_few_answers_to_fit_anything_on_are_no_error(adapter, tmp_path):
+    data, out = write_jsonl(tmp_path / "test.jsonl", HELD_OUT[:14]), tmp_path / "out"
+    assert evaluate(adapter, data, out, "--limit", 14) == 0
+    figures = json.loads((out / "report.json").read_text())
+    assert figures["main"] == "adapter"
+    assert "READ: scaling" not in figures["leave_one_domain_out"]
+
+
 # ------------------------------------------------------------------------------------------------
 # threshold and route, on scores made here
 
@@ -303,6 +376,26 @@ def test_routing_asks_the_bigger_model_below_the_threshold(scores, capsys):
     assert (folder / "routing.png").is_file()
 
 
+def test_a_new_threshold_is_marked_in_the_routing_too(scores):
+    folder, *_, path = scores
+    assert command("threshold", folder, "--coverage", 0.7) == 0
+    assert command("route", folder, "--bigger", path) == 0
+    assert command("threshold", folder, "--coverage", 0.2) == 0
+    found = json.loads((folder / "route.json").read_text())
+    assert found["at_threshold"]["share_routed"] == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["report.json", "scores.jsonl", "threshold.json", "route.json"])
+def test_a_broken_report_is_told_in_a_sentence(name, scores, capsys):
+    folder, *_, path = scores
+    assert command("threshold", folder, "--coverage", 0.7) == 0
+    (folder / name).write_text('{"main": "adapter", "systems": ')
+    assert command("route", folder, "--bigger", path) == 2
+    assert command("threshold", folder, "--coverage", 0.5) == 2
+    said = capsys.readouterr().err
+    assert "is no report" in said or f"{name}:1: not JSON" in said
+
+
 def test_a_bigger_models_tagged_answers_are_paired_by_question(scores, tmp_path, capsys):
     folder, _, correct, bigger, path = scores
     tagged = []
@@ -328,9 +421,13 @@ def test_a_bigger_models_tagged_answers_are_paired_by_question(scores, tmp_path,
     (["route", "{folder}", "--bigger", "{data}"], "none of"),
     (["evaluate", "--data", "demo={data}"], "--adapter"),
     (["evaluate", "--adapter", "x", "--data", "{data}"], "NAME=PATH"),
+    (["evaluate", "--adapter", "x", "--data", "demo={data}", "--limit", "0"], "at least 1"),
+    (["evaluate", "--adapter", "x", "--data", "demo={data}"], "no adapter in x"),
+    (["evaluate", "--adapter", "x", "--data", "demo={data}", "--scaling", "none",
+      "--scaling_data", "more={data}"], "leave it out"),
     (["evaluate", "--adapter", "x", "--data", "demo={data}", "--scaling_share", "1"], "below 1"),
     (["evaluate", "--adapter", "x", "--data", "demo={data}", "--without", "X=y"], "DOMAIN=ADAPTER"),
-    (["export", "{folder}", "--merged", "{folder}/out"], "--questions"),
+    (["export", "{folder}", "--merged", "{folder}/out"], "no adapter in"),
 ])  # fmt: skip
 def test_what_cannot_be_meant_is_refused_in_a_sentence(words, reason, scores, tmp_path, capsys):
     data = write_jsonl(tmp_path / "data.jsonl", tagged_records(4, seed=9))
