@@ -254,9 +254,9 @@ def seen_questions(adapter: str, skip_bad: bool) -> tuple[dict[str, str], list[R
     return seen, records, saved
 
 
-def is_for_scaling(record: Record, share: float) -> bool:
+def is_for_scaling(key: str, share: float) -> bool:
     """Decides by the question alone, as tag_answers.py does for its split, and independently."""
-    digest = hashlib.sha256(f"scaling {question_key(record)}".encode()).digest()
+    digest = hashlib.sha256(f"scaling {key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
@@ -269,15 +269,15 @@ def choose_records(
     Raises:
         InputError: if a set has no record left.
     """
-    chosen, account, known = [], [], dict(seen)
+    chosen, known = [], dict(seen)
 
-    def take(flag: str, name: str, records: list[Record], share: float, into: str) -> None:
+    def take(flag: str, name: str, records: list[Record], share: float, into: str) -> dict:
         left_out, used = Counter(), 0
         for record in records[: arguments.limit]:
             key = question_key(record)
             reason = known.get(key)
             known.setdefault(key, "asked before")
-            if reason is None and is_for_scaling(record, share):
+            if reason is None and is_for_scaling(key, share):
                 chosen.append({**record, "key": key, "set": ""})
                 reason = "kept for scaling"
             if reason:
@@ -291,17 +291,18 @@ def choose_records(
                 f"{flag} {name}: none of {left_out.total()} records is left to use ({reasons}): "
                 "give more questions that the training has not seen"
             )
-        account.append({"set": name, "path": records[0]["file"], "records": left_out.total() + used,
-                        "used": used, "left_out": dict(left_out)})  # fmt: skip
+        count = left_out.total() + used
+        account = {"set": name, "path": records[0]["file"], "records": count, "used": used}
+        return {**account, "left_out": dict(left_out)}
 
     share = arguments.scaling_share
     if arguments.scaling_data or arguments.scaling == "none":
         share = 0.0
-    for name, records in read_sets(arguments.scaling_data, arguments.skip_bad_records).items():
+    skip_bad = arguments.skip_bad_records
+    for name, records in read_sets(arguments.scaling_data, skip_bad).items():
         take("--scaling_data", name, records, 0.0, "")
-    del account[:]  # of what is tested on
-    for name, records in read_sets(arguments.data, arguments.skip_bad_records).items():
-        take("--data", name, records, share, name)
+    tested = read_sets(arguments.data, skip_bad).items()
+    account = [take("--data", name, records, share, name) for name, records in tested]
     return chosen, account
 
 
@@ -376,7 +377,7 @@ def score_records(
         tokenizer = load_tokenizer(name, arguments.trust_remote_code)
         model = load_base_model(name, dtype, **options).eval()
     room = window(model, arguments.max_seq_length) - 2 - (MIN_ANSWER_TOKENS if generate else 0)
-    sets = {record["set"] for record in records}
+    sets = {record["set"] for record in records if record["set"]}
     records = fit_records(tokenizer, records, room, "--data")
     if lost := sets - {record["set"] for record in records}:
         raise InputError(

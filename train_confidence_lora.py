@@ -366,7 +366,6 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
 from huggingface_hub import create_repo, upload_folder
-from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora.variants import ALoraLinearVariant
@@ -3481,8 +3480,11 @@ def format_table(figures: dict[str, dict], before: dict[str, dict] | None = None
     return "\n".join(lines)
 
 
-def reliability_figure(scores: dict[str, list[Score]], figures: dict[str, dict]) -> Figure:
-    """A reliability diagram for each set: share correct by confidence, and how many there are."""
+def reliability_figure(scores: dict[str, list[Score]], figures: dict[str, dict]) -> Any:
+    """A matplotlib Figure with a reliability diagram for each set: share correct by confidence, and
+    how many there are."""
+    from matplotlib.figure import Figure  # half a second, which one process alone need spend
+
     figure = Figure(figsize=(4.4 * len(scores), 5.6), layout="constrained")
     axes = figure.subplots(2, len(scores), squeeze=False, height_ratios=(3, 1), sharex=True)
     for i, (name, answers) in enumerate(scores.items()):

@@ -14,6 +14,8 @@ from conftest import ROOT, make_model, tagged_records, write_jsonl
 from test_cluster import free_port
 from test_language_model import make_chats, make_texts
 
+import train_confidence_lora
+import train_language_model
 from plan_training import main
 
 FILES = sorted((ROOT / "configs" / "runs").iterdir())
@@ -80,8 +82,9 @@ def test_P2_settings_of_a_finished_run_are_a_configuration_that_runs_again(tmp_p
     words = f"--task sft --model_name {make_model(tmp_path / 'model')} --train_data {chats} "
     words += "--max_steps 2 --batch_size 4 --evaluation off --no_bf16 --learning_rate 1e-3"
     runs = [tmp_path / "first", tmp_path / "again"]
-    script = [sys.executable, "train_language_model.py", *words.split()]
-    subprocess.run([*script, "--output_dir", str(runs[0])], cwd=ROOT, check=True)
+    train_confidence_lora.main(
+        [*words.split(), "--output_dir", str(runs[0])], train_language_model.run
+    )
     launched = [sys.executable, "plan_training.py", "launch", str(runs[0] / "settings.yaml")]
     subprocess.run([*launched, "--output_dir", str(runs[1])], cwd=ROOT, check=True)
     first, again = ((run / "final" / "adapter_model.safetensors").read_bytes() for run in runs)

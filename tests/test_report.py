@@ -28,10 +28,13 @@ TRAINED, VALIDATED, HELD_OUT = (tagged_records(300, seed)[:count] for seed, coun
 def train(folder, records, *more):
     """A run of a few steps; returns the folder of its adapter."""
     data = write_jsonl(folder / "train.jsonl", records)
-    confidence.main(["--model_name", DEMO_MODEL, "--train_data", data, "--batch_size", "8",
-                     "--gradient_accumulation_steps", "1", "--max_steps", "24", "--learning_rate",
-                     "2e-3", "--max_seq_length", "128", "--output_dir", str(folder / "run"),
-                     "--max_new_tokens", "16", *more])  # fmt: skip
+    flags = {
+        "model_name": DEMO_MODEL, "train_data": data, "output_dir": folder / "run",
+        "batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 24, "eval_steps": 24,
+        "learning_rate": 2e-3, "max_seq_length": 128, "max_new_tokens": 16,
+    }  # fmt: skip
+    given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    confidence.main([*given, *more])
     return str(folder / "run" / "final")
 
 
@@ -48,6 +51,13 @@ def held_out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     records = [*HELD_OUT, TRAINED[0], TRAINED[1], VALIDATED[0], HELD_OUT[5]]
     return write_jsonl(folder / "test.jsonl", records)
+
+
+@pytest.fixture(autouse=True)
+def without_page(request, monkeypatch):
+    """Draws no page, which takes seconds, for a test that is not marked to look at it."""
+    if not request.node.get_closest_marker("page"):
+        monkeypatch.setattr("report_confidence.write_page", lambda folder: None)
 
 
 def command(*words):
@@ -188,6 +198,7 @@ def test_the_model_card_has_the_same_figures_in_the_hubs_form(adapter, report):
     assert "Load it with this folder's tokenizer" in card.content  # what was there stays
 
 
+@pytest.mark.page
 def test_a_model_without_adapter_is_reported_on_by_its_baselines(held_out, tmp_path):
     out = tmp_path / "out"
     code = command("evaluate", "--model_name", DEMO_MODEL, "--data", f"demo={held_out}", "--limit",
@@ -325,6 +336,7 @@ def scores(report, tmp_path):
     return folder, p, correct, bigger, write_jsonl(tmp_path / "bigger.jsonl", asked)
 
 
+@pytest.mark.page
 def test_a_threshold_for_a_precision_is_what_it_says(scores, capsys):
     folder, p, correct, _, _ = scores
     assert command("threshold", folder, "--target_precision", 0.9) == 0
@@ -338,6 +350,7 @@ def test_a_threshold_for_a_precision_is_what_it_says(scores, capsys):
     assert f"{found['threshold']:.2f}"[:4] in (folder / "report.html").read_text()
 
 
+@pytest.mark.page
 def test_a_precision_that_cannot_be_reached_is_told(scores, capsys):
     folder, *_ = scores
     assert command("threshold", folder, "--target_precision", 0.9999) == 1
@@ -357,6 +370,7 @@ def test_a_threshold_for_a_share_answers_that_share(flag, value, coverage, score
     assert found["coverage"]["low"] < coverage < found["coverage"]["high"]
 
 
+@pytest.mark.page
 def test_routing_asks_the_bigger_model_below_the_threshold(scores, capsys):
     folder, p, correct, bigger, path = scores
     assert command("threshold", folder, "--coverage", 0.7) == 0

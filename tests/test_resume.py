@@ -412,7 +412,7 @@ def test_a_process_ends_by_the_signal_that_another_was_told(monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_in_progress_and_the_run_goes_on_exactly(number, line):
     arguments, out = line
-    arguments = [*arguments, "--max_steps", "300", "--save_steps", "300", "--eval_steps", "100"]
+    arguments = [*arguments, "--max_steps", "150", "--save_steps", "150", "--eval_steps", "100"]
     main([*arguments, "--output_dir", str(out.with_name("whole"))])
     run = start(arguments)
     for text in run.stdout:

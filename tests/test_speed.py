@@ -211,7 +211,7 @@ def test_tokens_memory_and_mfu_are_logged_and_validation_is_not_counted(
     def slow(self, model, name):
         import time
 
-        time.sleep(5)
+        time.sleep(3)
         return {"accuracy": None, "calibration_error": None}, []
 
     monkeypatch.setattr(ValidationCallback, "_validate_dataset", slow)
@@ -225,7 +225,7 @@ def test_tokens_memory_and_mfu_are_logged_and_validation_is_not_counted(
     lines = [entry for entry in state["log_history"] if "loss" in entry]
     assert len(lines) == 4
     speeds = [entry["tokens_per_second"] for entry in lines]
-    assert min(speeds[1:]) > 200  # eight records of some 60 tokens; with the pauses, below 100
+    assert min(speeds[1:]) > 200  # eight records of some 60 tokens; with the pauses, below 160
     model, _ = initialize_model_with_tokens(line[1])
     ratio = lines[-1]["mfu"] / lines[-1]["tokens_per_second"]
     assert ratio == pytest.approx(flops_per_token(model, False) / 1e12)
@@ -340,7 +340,7 @@ def test_liger_without_a_gpu_is_refused_in_one_sentence(line, capsys):
     ("script", "arguments", "expected"),
     [
         ("train_speed.py", "--model tiny --records 24 --steps 3 --rounds 1 --contenders recipe "
-         "lora activated --same_order", "largest difference of loss, recipe and lora:"),
+         "lora --same_order", "largest difference of loss, recipe and lora:"),
         ("validation_speed.py", "--model tiny --records 6 --sequential_records 2 "
          "--max_new_tokens 8", "2 of 2 answers are the same"),
     ],
