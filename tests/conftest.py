@@ -27,6 +27,7 @@ from transformers import (  # noqa: E402  # noqa: E402
 
 torch.set_num_threads(1)
 DEMO_MODEL = str(ROOT / "demo" / "model")
+LONG = pytest.mark.chaos  # of a variant that costs a minute and tells little more than the others
 DEMO_DATA = ROOT / "tagged" / "demo" / "demo_all_tagged.jsonl"
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import yaml
-from conftest import ROOT, make_model, tagged_records, write_jsonl
+from conftest import LONG, ROOT, make_model, tagged_records, write_jsonl
 from test_cluster import free_port
 from test_language_model import make_chats, make_texts
 
@@ -43,7 +43,11 @@ def command_of(file, tmp_path, capsys):
     return settings, shlex.split(line)[first:]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, marks=LONG if "8gpu" in file.stem else ()) for file in FILES],
+    ids=[file.stem for file in FILES],
+)
 def test_Y5_a_job_of_each_example_is_built_finishes_and_its_settings_are_the_files(
     file, tmp_path, capsys
 ):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, adapter, tagged_records, write_jsonl
+from conftest import LONG, ROOT, adapter, tagged_records, write_jsonl
 from safetensors.torch import load_file, save_file
 from test_run import launch, refusal
 
@@ -409,7 +409,7 @@ def test_a_process_ends_by_the_signal_that_another_was_told(monkeypatch):
     assert told.signal == signal.SIGTERM
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=LONG)])
 def test_a_signal_saves_the_step_in_progress_and_the_run_goes_on_exactly(number, line):
     arguments, out = line
     arguments = [*arguments, "--max_steps", "150", "--save_steps", "150", "--eval_steps", "100"]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, tagged_records, write_jsonl
+from conftest import LONG, ROOT, tagged_records, write_jsonl
 
 import train_confidence_lora as confidence
 from train_confidence_lora import main
@@ -224,7 +224,7 @@ def without_runtime(validation):
     }
 
 
-@pytest.mark.parametrize("adapter", ["lora", "activated"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("activated", marks=LONG)])
 def test_one_two_and_four_processes_give_the_same_results(adapter, tiny_models, tmp_path, capsys):
     """The same global batch, so the same steps; each sample scored once; one process writes."""
     data = write_jsonl(tmp_path / "train.jsonl", tagged_records(80))

@@ -219,7 +219,7 @@ def test_tokens_memory_and_mfu_are_logged_and_validation_is_not_counted(
     monkeypatch.setattr(ValidationCallback, "_table", lambda *_: "")
     monkeypatch.setattr(ValidationCallback, "means", ())
     monkeypatch.setattr(confidence, "finish", lambda *_: {})
-    arguments = [*line[:-4], "--eval_steps", "1", "--batch_size", "8"]
+    arguments = [*line[:-4], "--eval_steps", "2", "--batch_size", "8"]
     main([*arguments, "--gradient_accumulation_steps", "1", "--max_steps", "4"])
     state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
     lines = [entry for entry in state["log_history"] if "loss" in entry]
