@@ -38,7 +38,7 @@ demo: setup  ## teach the built-in tiny model when it is wrong, with both adapte
 
 # The demo's test questions, its adapter and a bigger model's answers
 REPORT := checkpoints/demo_lora
-report: setup  ## what the demo's adapter is worth: evaluate, threshold, route, export (CPU, a minute)
+report: setup  ## what the demo's adapter is worth: evaluate, threshold, route, export (CPU, 1 to 2 minutes)
 	@test -d $(REPORT)/final || $(MAKE) demo
 	$(RUN) report_confidence.py evaluate --adapter $(REPORT)/final --max_new_tokens 16 \
 		--data demo=demo/test_questions.jsonl --max_seq_length 256
@@ -57,7 +57,7 @@ demo-data: setup  ## make the demo's models, questions and tagged answers again 
 	$(RUN) tag_answers.py --model_name demo/bigger --questions demo/test_questions.jsonl \
 		--output tagged/demo/bigger_all_tagged.jsonl --val_fraction 0 --max_new_tokens 16
 
-test: $(VENV)/.deepspeed  ## all tests but the chaos ones (CPU, 11 minutes)
+test: $(VENV)/.deepspeed  ## all tests but the long ones (CPU, 12 to 18 minutes)
 	$(RUN) -m pytest -q -n 2
 
 test-eval: setup  ## those of evaluation, callbacks, configuration and failures, with coverage
